@@ -67,12 +67,20 @@ FAILURES = ("timeouts", "deaths", "exceptions", "invalid_golds", "unparsable_gol
 # ---------------------------------------------------------------------------------------------------------
 
 _BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_ALL_BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|[{}]")
 
 
 def extract_answer(summary: str) -> str | None:
-    """Content of the last balanced \\boxed{...}, or None. One linear pass: a summary can be a megabyte of braces."""
+    """Content of the last balanced \\boxed{...}, or None. Linear: a summary can be a megabyte of braces.
+
+    \\{ and \\} are no braces to TeX; if no box closes that way (\\boxed{204\\}), they are counted as braces.
+    """
+    return _last_box(_BRACES, summary) or _last_box(_ALL_BRACES, summary)
+
+
+def _last_box(braces, summary: str) -> str | None:
     stack, answer = [], None
-    for match in _BRACES.finditer(summary):
+    for match in braces.finditer(summary):
         token = match.group()
         if token == "{":
             stack.append(None)
@@ -97,10 +105,10 @@ _UNICODE = str.maketrans({
 # (pattern, replacement), applied in this order. Each line removes one freedom of writing that has no meaning.
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\+(?=boxed|fbox)", r"\\"), (r"\\(?:boxed|fbox)(?=\s*\{)", ""),
-    (r"\\n(?![a-zA-Z])", " "),                                          # a literal backslash-n from sloppy JSON
+    (r"(?<!\\)\\n(?![a-zA-Z])", " "),                                          # a literal backslash-n from sloppy JSON
     (r"^\\[\[(]|\\[\])]$", ""), (r"\\?\$", ""),                         # display math, dollars of both kinds
     (r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])\.?", ""),
-    (r"\{,\}", ","), (r"\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
+    (r"\{,\}", ","), (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:le|leq|leqslant)(?![a-zA-Z])", r"\\le "), (r"\\(?:ge|geq|geqslant)(?![a-zA-Z])", r"\\ge "),
     (r"\\(?:text|mbox|textrm)\s*\{\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])", ","),
@@ -126,7 +134,7 @@ def normalise(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.rstrip(" .,;:\\").lstrip()
-    while _wrapped(text, "{", "}") and "," not in text:     # {5} is 5, {1,2} a set
+    while _wrapped(text, "{", "}") and len(_split(text[1:-1], ",;")) < 2:     # {5} is 5, {1,2} a set
         text = text[1:-1].strip()
     return text
 
@@ -164,10 +172,12 @@ def _split_unit(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------
 
 _INTEGER = r"(?:\d{1,3}(?:[, ] ?\d{3})+|\d+)"
-_DECIMAL = rf"(?:{_INTEGER}?\.\d+|{_INTEGER}\.?|\d+,(?:\d{{1,2}}|\d{{4,}}))"
+_DECIMAL = rf"(?:{_INTEGER}?\.\d+|{_INTEGER}\.?)"
 _POWER = r"(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*\{?\s*(?P<power>[+-]?\d+)\s*\}?|[eE](?P<e>[+-]?\d+))"
+_DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d\d|\d{4,})")
 _PLAIN = [re.compile(pattern) for pattern in (
     rf"(?P<value>{_DECIMAL}){_POWER}?",
+    r"(?P<value>\d*\.\d*)\\overline\s*\{\s*(?P<repeat>\d+)\s*\}",
     rf"(?P<whole>\d+)?\s*\\frac\s*\{{\s*(?P<top>-?{_INTEGER})\s*\}}\s*\{{\s*(?P<bottom>-?{_INTEGER})\s*\}}",
     rf"(?:(?P<whole>\d+) )?(?P<top>{_INTEGER})\s*/\s*(?P<bottom>{_INTEGER})",
     r"10\^\{?(?P<power>[+-]?\d+)\}?",
@@ -201,9 +211,10 @@ def plain_number(text: str) -> tuple[Fraction, bool, bool] | None:
             value, decimal = int(parts["whole"] or 0) + Fraction(_integer(parts["top"]), bottom), False
         else:
             digits = parts.get("value") or "1"
-            if re.fullmatch(r"\d+,(?:\d{1,2}|\d{4,})", digits):
-                digits = digits.replace(",", ".")
-            value = Fraction(re.sub(r"[, ]", "", digits).rstrip(".")) * Fraction(10) ** exponent
+            value = Fraction(re.sub(r"[, ]", "", digits).rstrip(".") or 0) * Fraction(10) ** exponent
+            if repeat := parts.get("repeat"):
+                places = len(digits.partition(".")[2])
+                value += Fraction(int(repeat), (10 ** len(repeat) - 1) * 10**places)
             decimal = "." in digits or exponent != 0
         return sign * value, decimal, percent
     return None
@@ -258,7 +269,7 @@ def _split_head(text: str) -> tuple[str, str]:
         return "", text
     parts = _split(re.sub(r"\\(?:approx|in)(?![a-zA-Z])", "=", text), "=")
     if len(parts) > 1 and _is_name(parts[0]):
-        return re.sub(r"\s", "", parts[0]), parts[-1]
+        return re.sub(r"\s", "", [part for part in parts[:-1] if _is_name(part)][-1]), parts[-1]
     if len(parts) > 1 and not re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", "=".join(parts))):
         values = {number[0] for number in map(plain_number, parts) if number}
         if len(values) < 2:                 # 2 + 2 = 4 states its value; 203 = 204 hedges
@@ -310,12 +321,17 @@ _EXPONENT = re.compile(r"(?P<base>[)}\]]?)\s*\^\s*\{?\s*[-(]*\s*(?P<low>\d+)(?:\
 _BASE = re.compile(r"\d_\{?\s*(\w+)")
 
 
+def _variables(text: str) -> set[str]:
+    """Bare letters that name something; math-verify takes some of them for units (2m, 5s)."""
+    return set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", text))) - set("eiE")
+
+
 def _heavy(text: str) -> bool:
     """Power towers, huge exponents, huge or double factorials: valid LaTeX that takes minutes to evaluate."""
     if re.search(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^|\d{4,}\s*\)*\s*!|!\s*\)*\s*!|-\s*-\s*-", text):
         return True
     digits = [(len(m["low"]) * int(m["high"] or 1) if len(m["high"] or "") < 4 else 10**4, m) for m in _EXPONENT.finditer(text)]
-    return any(size > 4 or (m["base"] and int(m["low"]) > 60) for size, m in digits)
+    return any(size > 4 or (m["base"] and int(m["low"]) > 60 and _variables(text)) for size, m in digits)
 
 
 def _refused(gold: str, box: str) -> bool:
@@ -324,11 +340,12 @@ def _refused(gold: str, box: str) -> bool:
     sentences = [sorted(part.strip().casefold() for part in _TEXT.findall(side) if len(part.strip()) > 1) for side in (gold, box)]
     return (
         max(depths, default=0) > MAX_DEPTH
-        or (_heavy(box) and not _heavy(gold))
+        or _heavy(box) or _heavy(gold)
         or bool(_RESTATES.search(box) and not _RESTATES.search(gold))
-        or bool(plain_number(gold) and _FUNCTIONS.search(box))
+        or bool(plain_number(gold) and (_FUNCTIONS.search(box) or _variables(box)))
+        or bool(plain_number(box) and _variables(gold))
         or _BASE.findall(gold) != _BASE.findall(box)
-        or (_is_equation(box) and not (_is_equation(gold) or _ORDER.search(gold)))  # an equation is not a value: x^2 + y^2 = z^2 for z^2
+        or _is_equation(gold) != _is_equation(box)      # an equation is not a value: x^2 + y^2 = z^2 for z^2
         or sentences[0] != sentences[1]
     )
 
@@ -342,7 +359,10 @@ def _equal(gold: str, box: str, compare) -> bool:
     """Rules 4 to 8 on normalised text. `compare` is math-verify in a worker, and raises `_Undecided` in the parent."""
     if _key(gold) == _key(box):
         return True
-    numbers = plain_number(gold), plain_number(box)
+    numbers = [plain_number(gold), plain_number(box)]
+    for side, text in enumerate((gold, box)):       # a decimal comma only where the other side is one decimal number
+        if _DECIMAL_COMMA.fullmatch(text) and numbers[1 - side] and numbers[1 - side][1]:
+            numbers[side] = plain_number(text.replace(",", "."))
     if all(numbers):
         return _same_number(*numbers)
     if len(box) > MAX_ANSWER_CHARS:
@@ -605,6 +625,13 @@ def _close(gold, box) -> bool:
     return bool(abs(a - b) <= 1e-6 * size if a and b else size < 1e-30)
 
 
+def _with_imaginary_unit(parsed):
+    from sympy import Expr, I
+    if not parsed or not isinstance(parsed[0], Expr) or not any(symbol.name == "i" for symbol in parsed[0].free_symbols):
+        return parsed[0] if parsed and isinstance(parsed[0], Expr) else None
+    return parsed[0].subs({symbol: I for symbol in parsed[0].free_symbols if symbol.name == "i"})
+
+
 def _grade(golds, box) -> str:
     """Runs in a worker. Returns a word, never a parsed object: printing or pickling one can hang."""
     from math_verify import parse, verify
@@ -615,9 +642,10 @@ def _grade(golds, box) -> str:
         # alarms off (pebble keeps the time); the gold must be boxed or it is misread
         parsed = [parse("\\boxed{" + text + "}", parsing_timeout=None) for text in (gold, box)]
         unparsable += not parsed[0]
-        if not verify(*parsed, timeout_seconds=None):
-            return False
-        return _close(parsed[0][0], parsed[1][0])
+        if verify(*parsed, timeout_seconds=None):
+            return _close(parsed[0][0], parsed[1][0])
+        imaginary = [_with_imaginary_unit(side) for side in parsed]     # math-verify reads i as a variable
+        return None not in imaginary and verify(*imaginary, timeout_seconds=None)
 
     try:
         if any(_equal(gold, box, compare) for gold in golds):
