@@ -67,8 +67,8 @@ LOUD_FAILURE_SHARE = 0.02   # above this share of failed gradings in a batch, tr
 
 # ------------------------------------------------------------------------------------------------ reading the box
 
-_BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_ALL_BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|[{}]")
+_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_ALL_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|[{}]")
 
 
 def extract_answer(summary: str) -> str | None:
@@ -104,8 +104,8 @@ _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 
 # Applied in this order; each line removes a freedom of writing that has no meaning. (?!\w) ends a command's name.
 _REWRITES = [(re.compile(pattern.replace("END", "(?![a-zA-Z])")), replacement) for pattern, replacement in [
-    (r"\\+(?:boxed|fbox)(?=\s*\{)", ""), (r"\\(?:mbox|textrm|textbf|textit|textnormal)(?=\s*\{)", r"\\text"),
-    (r"^\s*\\[\[(]|\\[\])]\s*$|\\?\$", ""),                                     # math delimiters, dollar amounts
+    (r"\\{1,2}(?:boxed|fbox)(?=\s*\{)", ""), (r"\\(?:mbox|textrm|textbf|textit|textnormal)(?=\s*\{)", r"\\text"),
+    (r"(?<!\\)\\[()\[\]]|\\?\$", ""),                                     # math delimiters, dollar amounts
     (r"(?<!\\)\\nEND", " "),                                                    # a line break escaped twice
     (r"\\!\s*|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)END\.?", ""),
     (r"\{,\}", ","), (r"(?<!\\)\\[,;:> ]|~|\\q?quadEND", " "),
@@ -125,14 +125,14 @@ _REWRITES = [(re.compile(pattern.replace("END", "(?![a-zA-Z])")), replacement) f
 
 def normalise(text: str) -> str:
     """One spelling for what means the same. Still LaTeX, because math-verify reads it."""
-    text = text.translate(_UNICODE)
+    text = re.sub(r"\s+", " ", text.translate(_UNICODE))
     if "\\begin" not in text:                               # in a matrix, \\ is a row break
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # elsewhere, \\sqrt is \sqrt escaped twice
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.rstrip(" .,;:\\").lstrip()
     while _enclosed(text, "{") and len(_split(text[1:-1], ",;")) < 2:     # {5} is 5, but {1,2} is a set
-        text = text[1:-1].strip()
+        text = text[1:-1].rstrip(" .,;:\\").lstrip()
     return text
 
 
@@ -597,10 +597,18 @@ def _init_worker():
 
 def _grade(golds: list[str], box: str) -> str:
     """One pair in a worker. Returns a word, never a parsed object: printing or pickling one can hang."""
+    unparsable = []
+
+    def compare(gold, box):
+        try:
+            return _math_verify(gold, box)
+        except _UnparsableGold:
+            unparsable.append(gold)                         # another item or alternative may still decide
+            return False
+
     try:
-        return "right" if any(_equal(gold, box, _math_verify) for gold in golds) else "wrong"
-    except _UnparsableGold:
-        return "unparsable_golds"
+        right = any(_equal(gold, box, compare) for gold in golds)
+        return "right" if right else "unparsable_golds" if unparsable else "wrong"
     except MemoryError:
         os._exit(1)                                         # a death: this worker is full, a fresh one is not
     except BaseException:                                   # math-verify's own TimeoutException is no Exception
