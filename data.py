@@ -74,7 +74,7 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"line {number}", _parse(line, path, number)
+                    yield f"line {number}", _parse(line.strip(), path, number)
     elif path.suffix == ".json":
         records = _parse(path.read_text(encoding="utf-8"), path, 1)
         if not isinstance(records, list):

@@ -23,14 +23,15 @@ import torch
 OPERATIONS = [f"+{n}" for n in range(1, 6)] + [f"-{n}" for n in range(1, 6)] + ["*3", "*7"]
 MIN_OPERATIONS, MAX_OPERATIONS = 2, 7
 ERROR_RATE = 0.05           # share of results written as a random digit
-RAMBLE_RATE = (0.2, 1.0)    # per trace: how often a step is followed by a check or by filler, uniform in this range
+RAMBLE_RATE = (0.4, 1.0)    # per trace: how often a step is followed by a check or by filler, uniform in this range
 CHECK_SHARE = 1 / 3         # of those, how many are checks
 FILLER = [" hmm", " let", " me", " see", " .", " so"]
 
-PAD, EOS, THINK, THINK_END = "<|pad|>", "<|end|>", "<think>", "</think>"
+UNKNOWN, PAD, EOS, THINK, THINK_END = "<|unk|>", "<|pad|>", "<|end|>", "<think>", "</think>"
+CUT, HEADER, BOX = "...\n\n...\n\n", "\n\n**Final Answer**\n", "\\boxed{"
 # Leading spaces belong to the tokens, so decoding is plain concatenation and `\boxed{5}` reaches the verifier unbroken.
-VOCABULARY = [PAD, EOS, THINK, THINK_END, "<|unk|>", "...\n\n...\n\n", "\n\n**Final Answer**\n", "\\boxed{", "}", " ?", " wait",
-              *FILLER, *(str(d) for d in range(10)), *(f" ={d}" for d in range(10)), *(f" {op}" for op in OPERATIONS)]
+VOCABULARY = [UNKNOWN, PAD, EOS, THINK, THINK_END, CUT, HEADER, BOX, "}", " ?", " wait", *FILLER,
+              *(str(d) for d in range(10)), *(f" ={d}" for d in range(10)), *(f" {op}" for op in OPERATIONS)]
 
 # Two heads of 32, because vLLM's CPU attention refuses a head size of 16. Position range: prompt 10 + thinking 48
 # + summary 10, with room for longer budgets.
@@ -99,22 +100,24 @@ def supervised_example(rng: random.Random) -> tuple[list[str], list[str]]:
     thinking = sloppy_trace(start, operations, rng)
     prompt = [str(start), *(f" {op}" for op in operations), " ?", THINK]
     if rng.random() < 0.5:
-        thinking = [*thinking[:rng.randrange(1, len(thinking))], VOCABULARY[5], THINK_END]
+        thinking = [*thinking[:rng.randrange(1, len(thinking))], CUT, THINK_END]
     digit = next(token[2] for token in reversed(thinking) if token.startswith(" ="))
-    return prompt, [*thinking, VOCABULARY[6], "\\boxed{", digit, "}", EOS]
+    return prompt, [*thinking, HEADER, BOX, digit, "}", EOS]
 
 
 def make_tokenizer():
-    """A word-level tokenizer over VOCABULARY with a chat template, in the layout AutoTokenizer loads."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """A word-level tokenizer over VOCABULARY with a chat template, in the layout AutoTokenizer loads.
+
+    Every word is an *added* token, over an empty BPE: AutoTokenizer reads a Qwen2 directory with its own Qwen2 class, which
+    replaces whatever splits the text, but all classes match added tokens first and whole.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<|unk|>"))
-    longest_first = sorted(VOCABULARY, key=len, reverse=True)
-    escaped = "|".join("".join(c if c.isalnum() else f"\\{c}" if c not in "\n <>" else c for c in t) for t in longest_first)
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(escaped), behavior="isolated")
+    core = Tokenizer(models.BPE({UNKNOWN: 0}, [], unk_token=UNKNOWN))
+    core.add_tokens([AddedToken(token, normalized=False) for token in VOCABULARY])
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token="<|unk|>",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
                                         clean_up_tokenization_spaces=False)
     tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}" + THINK + "{% endif %}"
     return tokenizer

@@ -151,13 +151,13 @@ def prepare(c: Config) -> Run:
     """Check everything that can be checked without weights; ValueError names the flag, file or row, and the mend."""
     world, here = distributed.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     check(c, world)
-    if c.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, or --engine plain")
     gpus = torch.cuda.device_count()
     if gpus and here > gpus:
         raise ValueError(f"{here} processes on a machine with {gpus} GPU(s): start with --nproc_per_node {gpus}")
     if not gpus and c.preset != "miniature":
         raise ValueError(f"--preset {c.preset} needs GPUs and none is visible: check CUDA_VISIBLE_DEVICES and the driver, or run the miniature")
+    if c.engine == "vllm" and not vllm_is_installed():
+        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, or --engine plain")
 
     out = Path(c.output_dir)
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
@@ -190,6 +190,10 @@ def prepare(c: Config) -> Run:
         print(batch_arithmetic(c, world), *(f"  {line}" for line in reports), sep="\n")
         print(f"  {steps} steps from {first_step}" + (f" (resuming {checkpoint})" if checkpoint else ""))
     return Run(out, tokenizer, protocol, questions, eval_sets, steps, checkpoint, first_step, identity)
+
+
+def vllm_is_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None
 
 
 def load(c: Config, run: Run, device):

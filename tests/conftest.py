@@ -1,0 +1,64 @@
+"""Shared pieces: a random tiny model, and a fake engine whose every token is known beforehand."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # for the processes that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test may reach for the network
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory) -> Path:
+    """The miniature's architecture and tokenizer with random weights: enough wherever learning is not the point."""
+    import miniature
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    ids = {token: i for i, token in enumerate(miniature.VOCABULARY)}
+    config = Qwen2Config(vocab_size=len(ids), pad_token_id=ids[miniature.PAD], eos_token_id=ids[miniature.EOS], bos_token_id=None,
+                         rope_parameters={"rope_type": "default", "rope_theta": miniature.ROPE_THETA}, **miniature.MODEL)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))       # away from the near-uniform start, where mistakes hide
+    model.save_pretrained(path)
+    miniature.make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_model_path(tmp_path_factory) -> Path:
+    """A base after a few seconds of warm start: poor at arithmetic, but it answers in the right form, so rewards vary."""
+    import miniature
+
+    path = tmp_path_factory.mktemp("trained") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(miniature.WARM_START, "steps", 100)
+        patch.setitem(miniature.WARM_START, "batch", 32)
+        miniature._write_base(path, seed=0)
+    return path
+
+
+def run_script(script: str, *args, processes: int = 0, expect: int = 0, cwd=None) -> str:
+    """Run one of the project's scripts as a user would, under torchrun when `processes` is given; returns its output."""
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"] if processes else [sys.executable]
+    done = subprocess.run([*start, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=cwd or ROOT, timeout=240)
+    assert done.returncode == expect or (expect and done.returncode), f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

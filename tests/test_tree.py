@@ -1,0 +1,170 @@
+"""One packed row must be the same computation as its sequences, one by one."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tree import Branch, Tree, balance, dense_mask, is_visible, pack, token_logprobs
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_path):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+def random_tree(rng: random.Random, cuts=None, thinking=None, vocab=49) -> Tree:
+    def tokens(n):
+        return [rng.randrange(vocab) for _ in range(n)]
+    thinking = rng.randrange(1, 30) if thinking is None else thinking
+    cuts = [rng.randint(0, thinking) for _ in range(rng.randrange(1, 5))] if cuts is None else cuts
+    branches = [Branch(cut, tokens(rng.randrange(1, 4)), tokens(rng.randrange(1, 9)), rng.gauss(0, 1)) for cut in cuts]
+    return Tree(tokens(rng.randrange(1, 8)), tokens(thinking), branches, [rng.gauss(0, 1) for _ in range(thinking)])
+
+
+def sequence_logprobs(model, context, continuation, temperature):
+    """log π of `continuation` after `context`, by an ordinary causal forward."""
+    if not continuation:
+        return torch.zeros(0)
+    logits = model(torch.tensor([context + continuation])).logits[0] / temperature
+    logp = logits.log_softmax(-1)[len(context) - 1:-1]
+    return logp.gather(-1, torch.tensor(continuation)[:, None])[:, 0]
+
+
+def by_separate_sequences(model, trees, temperature):
+    """Log-probs of all trained tokens in row order, each tree written out as 1 + number-of-branches sequences."""
+    parts = []
+    for t in trees:
+        parts.append(sequence_logprobs(model, t.prompt, t.thinking, temperature))
+        parts += [sequence_logprobs(model, t.prompt + t.thinking[:b.cut] + b.appended, b.summary, temperature) for b in t.branches]
+    return torch.cat(parts)
+
+
+SPECIAL = {
+    "cut of length 0": dict(cuts=[0, 0, 5], thinking=9),
+    "equal cuts": dict(cuts=[4, 4, 4, 8], thinking=8),
+    "never closed, all cuts at the end": dict(cuts=[20, 20], thinking=20),
+    "no branches": dict(cuts=[], thinking=6),
+    "empty thinking": dict(cuts=[0, 0], thinking=0),
+}
+
+
+@pytest.mark.parametrize("case", [*range(6), *SPECIAL])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tree_equals_separate_sequences(model, case, temperature):
+    rng = random.Random(str(case))
+    trees = [random_tree(rng, **SPECIAL[case])] if case in SPECIAL else [random_tree(rng) for _ in range(rng.randrange(1, 4))]
+    if case in SPECIAL:
+        trees.append(random_tree(rng))      # never alone: a neighbour in the row must not leak in
+    row = pack(trees, multiple=rng.choice([1, 16]))
+    weights = torch.randn(int(row.trained.sum()), generator=torch.Generator().manual_seed(0))
+
+    model.zero_grad()
+    packed = token_logprobs(model, row, temperature, chunk=7)
+    assert (packed[~row.trained] == 0).all()
+    (packed[row.trained] * weights).sum().backward()
+    packed_gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    model.zero_grad()
+    separate = by_separate_sequences(model, trees, temperature)
+    (separate * weights).sum().backward()
+    separate_gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert (packed[row.trained] - separate).abs().max() < 1e-4
+    assert (packed_gradient - separate_gradient).norm() / separate_gradient.norm() < 1e-5
+
+
+def test_a_wrong_cut_would_be_noticed(model):
+    """The comparison above can fail: one token more of trunk, and the log-probs move."""
+    tree = random_tree(random.Random(1), cuts=[4], thinking=9)
+    right = token_logprobs(model, pack([tree]))
+    row = pack([tree])
+    row.limit = torch.where(row.segment == 1, row.limit + 1, row.limit)
+    assert (token_logprobs(model, row) - right).abs().max() > 1e-3
+
+
+def test_mask_by_brute_force():
+    trees = [random_tree(random.Random(seed)) for seed in range(3)]
+    row, visible, start = pack(trees, multiple=16), set(), 0
+    for t in trees:
+        trunk = list(range(start, start + len(t.prompt) + len(t.thinking)))
+        visible |= {(q, k) for q in trunk for k in trunk if k <= q}
+        start = trunk[-1] + 1
+        for b in t.branches:
+            branch = list(range(start, start + len(b.appended) + len(b.summary)))
+            seen = trunk[:len(t.prompt) + b.cut]
+            visible |= {(q, k) for q in branch for k in seen} | {(q, k) for q in branch for k in branch if k <= q}
+            start = branch[-1] + 1
+    padding = range(start, len(row.input_ids))
+    visible |= {(q, k) for q in padding for k in padding if k <= q}
+    assert {tuple(pair) for pair in dense_mask(row)[0, 0].nonzero().tolist()} == visible
+
+
+def test_flex_mask_is_the_same_rule():
+    """FlexAttention evaluates the rule on index tensors; a row of more than one block, on whatever device is here."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    row = pack([random_tree(random.Random(seed), thinking=60) for seed in range(4)], multiple=128)
+    n = len(row.input_ids)
+    assert n % 128 == 0
+    flex = create_mask(lambda b, h, q, k: is_visible(row, q, k), None, None, n, n, device="cpu")
+    assert torch.equal(flex, dense_mask(row))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
+def test_flex_and_dense_agree(tiny_model_path):
+    row = pack([random_tree(random.Random(seed)) for seed in range(4)], multiple=128).to("cuda")
+    out, gradients = [], []
+    for implementation in ("sdpa", "flex_attention"):
+        m = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation=implementation).cuda()
+        out.append(token_logprobs(m, row))
+        out[-1].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
+    assert (out[0] - out[1]).abs().max() < 1e-3
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-3
+
+
+def test_row_by_hand():
+    tree = Tree([1, 2], [3, 4, 5], [Branch(1, [6], [7, 8], 0.5, [-0.1, -0.2]), Branch(3, [6], [9], -1.0)], [0.1, 0.2, 0.3], [-1.0, -2.0, -3.0])
+    row = pack([tree], multiple=4)
+    nan = float("nan")
+    assert row.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 6, 9, 0, 0]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 5, 6, 0, 1]
+    assert row.trained.tolist() == [False] * 2 + [True] * 3 + [False, True, True, False, True, False, False]
+    assert row.previous.tolist() == [0, 0, 1, 2, 3, 2, 5, 6, 4, 8, 0, 10]
+    assert row.advantages.tolist() == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0, 0.5, 0.5, 0, -1, 0, 0])
+    assert row.sampler_logp.tolist() == pytest.approx([nan, nan, -1, -2, -3, nan, -0.1, -0.2, nan, nan, nan, nan], nan_ok=True)
+    assert len(tree) == 10
+
+
+def test_bad_trees_and_models_are_refused(model, tiny_model_path):
+    with pytest.raises(ValueError, match="outside its thinking"):
+        pack([Tree([1], [2, 3], [Branch(3, [4], [5])])])
+    eager = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="eager")
+    with pytest.raises(ValueError, match="cannot take a tree mask"):
+        token_logprobs(eager, pack([Tree([1], [2], [])]))
+
+
+def test_a_row_without_trained_tokens_still_has_a_backward(model):
+    model.zero_grad()
+    logp = token_logprobs(model, pack([Tree([0], [], [])]))
+    logp.sum().backward()
+    assert logp.tolist() == [0.0] and all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_balance_deals_every_tree_once_evenly_and_in_step():
+    rng = random.Random(0)
+    lengths = [rng.randrange(200, 10000) for _ in range(256)]
+    plan = balance(lengths, 8, 32768)
+    assert sorted(i for rank in plan for row in rank for i in row) == list(range(256))
+    assert len({len(rank) for rank in plan}) == 1
+    assert all(sum(lengths[i] for i in row) <= 32768 for rank in plan for row in rank)
+    loads = [sum(lengths[i] for row in rank for i in row) for rank in plan]
+    assert max(loads) / (sum(loads) / 8) < 1.02
+    assert plan == balance(lengths, 8, 32768)
+
+
+def test_balance_gives_an_oversized_tree_its_own_row_and_idle_processes_empty_ones():
+    assert balance([50, 5, 4], 2, 10) == [[[0]], [[1, 2]]]
+    assert balance([3], 3, 10) == [[[0]], [[]], [[]]]
