@@ -12,7 +12,7 @@ request from its own seed, a function of (seed, step, question, sample): results
 nor on the number of processes.
 """
 
-import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,6 +256,8 @@ def make_engine(kind: str, model_path: str, device: torch.device, max_length: in
     """The engine by name: "plain" or "vllm". `max_length`: tokens of the longest sequence, prompt included."""
     if kind == "plain":
         return PlainEngine(model_path, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if kind == "vllm":
+        return VllmEngine(model_path, device, max_length, tensor_parallel_size, kv_cache_gb)
     raise ValueError(f"unknown engine {kind!r}: use plain or vllm")
 
 
@@ -362,3 +364,95 @@ def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, uniform: torc
     tokens = torch.searchsorted(cdf, uniform[:, None].contiguous(), right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
     tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------- vLLM engine
+
+
+class VllmEngine:
+    """One vLLM engine inside each process, stepped by hand through its public calls.
+
+    In-process, so that `sync_weights` hands it the trainer's tensors directly, and so that a summary can be asked for between
+    two tokens of its thinking: it then finds its prompt in the prefix cache. With tensor parallelism, the processes of a
+    group submit the same requests in the same order and stay in step by that alone.
+    """
+
+    def __init__(self, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0):
+        if not torch.distributed.is_initialized():
+            # vLLM would make a group of its own, of one process, and everybody would sample on the first GPU.
+            raise RuntimeError("VllmEngine joins the processes that exist: call distributed.start() before building it")
+        # Read when vLLM is imported, hence here and not on top. The engine's own background process would sample out of our
+        # reach (and vLLM refuses it under torchrun).
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from vllm import EngineArgs, LLMEngine
+
+        on_gpu = device.type == "cuda"
+        # Short sequences share little of vLLM's CPU block of 128 tokens; and compiling for them takes longer than a run.
+        on_cpu = {} if on_gpu else {"block_size": 32, "enforce_eager": True}
+        self.engine = LLMEngine.from_engine_args(EngineArgs(
+            model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True,
+            max_model_len=max_length, max_num_seqs=512, max_num_batched_tokens=8192,
+            # external_launcher: torchrun started the processes, vLLM joins them instead of starting workers.
+            tensor_parallel_size=tensor_parallel_size, distributed_executor_backend="external_launcher",
+            # A fixed cache leaves the rest of the memory to training. The share below is only vLLM's check at the start.
+            kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.5,
+            # processed: log π at the sampling temperature, what the trainer's ratio needs; raw would be at T = 1.
+            logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
+            seed=torch.distributed.get_rank() // tensor_parallel_size, **on_cpu))
+        with torch.device("meta"):      # names only: no memory, no numbers
+            self.names = set(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)).state_dict())
+        self.version = 0
+
+    def add(self, request: Request):
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        self.engine.add_request(request.id, tokens_input(list(request.prompt)), SamplingParams(
+            # No top-p, top-k or penalties: they renormalise, and the sampler's log-probs would not be the policy's.
+            temperature=request.temperature, max_tokens=request.max_tokens,
+            # Without a seed vLLM draws from the process's generator: the trainer's, and another one on each process.
+            seed=request.seed,
+            # The request's own stops alone decide; vLLM returns the stop token with the rest.
+            stop_token_ids=list(request.stop), ignore_eos=True, detokenize=False,
+            logprobs=0, flat_logprobs=True,     # of the sampled token alone
+            output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY))
+
+    def has_work(self) -> bool:
+        return self.engine.has_unfinished_requests()
+
+    def step(self) -> list[Output]:
+        """One token for every running request."""
+        outputs = []
+        for out in self.engine.step():
+            (completion,) = out.outputs
+            outputs.append(Output(out.request_id, list(completion.token_ids), list(completion.logprobs.logprobs), out.finished))
+        return outputs
+
+    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
+        """Reload all weights from the trainer's full tensors, in one call: vLLM finishes each layer (fusing, packing) when its last
+        tensor has come, so calls with a part of them would leave layers half done, without an error."""
+        if self.has_work():
+            raise RuntimeError("sync_weights while requests run: their next tokens would mix two policies. Step until has_work() is False")
+        self.engine.step()      # vLLM schedules ahead on GPUs: let a batch in flight, all of finished requests, end
+        missing = set(self.names)
+
+        def passing_through():
+            for name, tensor in weights:
+                missing.discard(name)
+                yield name, tensor
+
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": passing_through()})
+        if missing:     # vLLM only logs these
+            raise RuntimeError(f"weights never synced: {sorted(missing)[:5]}")
+        # Cached keys and values are the old policy's; kept, they are served silently to prompts seen before.
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM could not drop its prefix cache after a weight sync: old and new policy would mix")
+        self.version = version
+
+    def close(self):
+        """Shut down and free the memory. vLLM ends torch.distributed with it: nothing collective can follow."""
+        torch.distributed.barrier()
+        self.engine.engine_core.shutdown()
