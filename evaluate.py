@@ -116,7 +116,7 @@ def main(args: list[str] | None = None):
                 sets[model][name], report = load_questions(
                     name, opened[model][0], a.prompt_template or base.prompt_template, base.max_prompt_tokens, a.question_field,
                     a.answer_field, "test", base.eval_questions if a.questions < 0 else a.questions)
-                if distributed.rank() == 0:
+                if distributed.rank() == 0 and model == a.models[0]:
                     print(report)
     device = distributed.start()
     curves = {}

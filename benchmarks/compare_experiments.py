@@ -1,0 +1,60 @@
+"""Experiments against each other on the miniature: the same base, steps and questions within a seed.
+
+    python benchmarks/compare_experiments.py                                           the README's table (about 25 minutes on one core)
+    python benchmarks/compare_experiments.py --experiments ar-uniform grpo-decouple --seeds 0 1
+
+Trains what is not in runs/ yet, then prints accuracy at every budget, mean ± standard deviation over seeds, and how many seeds
+the first experiment wins at every budget.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    experiments: tuple[str, ...] = ("ar-uniform", "grpo")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+
+def result(experiment: str, seed: int) -> dict:
+    """The eval.json of a finished run, trained now if it is not there."""
+    out = ROOT / "runs" / f"miniature-{experiment}-seed{seed}"
+    if not (out / "model").exists():
+        subprocess.run([sys.executable, "train.py", "--experiment", experiment, "--seed", str(seed), "--resume", "auto"], cwd=ROOT, check=True)
+    return json.loads((out / "eval.json").read_text())
+
+
+def row(name: str, curves: list[list[float]]) -> str:
+    cells = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c) if len(c) > 1 else 0:.3f}" for c in zip(*curves)]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main(a: Arguments):
+    results = {e: [] for e in a.experiments}
+    for seed in a.seeds:                # seed by seed, so that an interrupted comparison is still a fair one
+        for e in a.experiments:
+            results[e].append(result(e, seed))
+    budgets = results[a.experiments[0]][0]["budgets"]
+    print(f"\n| accuracy at budget | {' | '.join(map(str, budgets))} | anytime |\n|---{'|---' * (len(budgets) + 1)}|")
+    before = [r["before"] for r in results[a.experiments[0]]]
+    for name, rs in (("before", before), *results.items()):
+        print(row(name, [[*r["accuracy"], r["anytime_accuracy"]] for r in rs]))
+    first = results[a.experiments[0]]
+    print(f"\nrise of anytime accuracy, {a.experiments[0]}, per seed: "
+          + " ".join(f"{r['anytime_accuracy'] - b['anytime_accuracy']:.3f}" for r, b in zip(first, before)))
+    for e in a.experiments[1:]:
+        wins = [sum(x["accuracy"][j] > y["accuracy"][j] for x, y in zip(first, results[e])) for j in range(len(budgets))]
+        print(f"seeds of {len(a.seeds)} in which {a.experiments[0]} is above {e}, per budget: {wins}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
