@@ -381,19 +381,21 @@ class VllmEngine:
         if not torch.distributed.is_initialized():
             # vLLM would make a group of its own, of one process, and everybody would sample on the first GPU.
             raise RuntimeError("VllmEngine joins the processes that exist: call distributed.start() before building it")
-        # Read when vLLM is imported, hence here and not on top. The engine's own background process would sample out of our
-        # reach (and vLLM refuses it under torchrun).
+        on_gpu = device.type == "cuda"
+        # Both are read when vLLM is imported, hence here and not on top. Its background process would sample out of our reach (and
+        # vLLM refuses it under torchrun). What it warns of on CPUs is speed.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
         from transformers import AutoConfig, AutoModelForCausalLM
         from vllm import EngineArgs, LLMEngine
 
-        on_gpu = device.type == "cuda"
-        # Short sequences share little of vLLM's CPU block of 128 tokens; and compiling for them takes longer than a run.
-        on_cpu = {} if on_gpu else {"block_size": 32, "enforce_eager": True}
+        # On CPUs: sequences are too short to share blocks of the default 128 tokens, or to pay for compilation; and a prompt that
+        # is split over two steps crashes when its request has a seed ("CPU Generator does not use offset").
+        on_cpu = {} if on_gpu else {"block_size": 32, "enforce_eager": True, "enable_chunked_prefill": False}
         self.engine = LLMEngine.from_engine_args(EngineArgs(
-            model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True,
-            max_model_len=max_length, max_num_seqs=512, max_num_batched_tokens=8192,
+            model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True, use_tqdm_on_load=False,
+            # vLLM's own defaults for an engine driven like this are those of a small server: 128 sequences.
+            max_model_len=max_length, max_num_seqs=512, max_num_batched_tokens=max(8192, max_length),
             # external_launcher: torchrun started the processes, vLLM joins them instead of starting workers.
             tensor_parallel_size=tensor_parallel_size, distributed_executor_backend="external_launcher",
             # A fixed cache leaves the rest of the memory to training. The share below is only vLLM's check at the start.
