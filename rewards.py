@@ -285,7 +285,7 @@ def _words(text: str) -> str:
 
 _RESTATES = re.compile(r"(?<!\{)\\(?:sum|prod|i*nt|oint|lim|[dt]?binom|choose|gcd|lcm|[bp]?mod|lfloor|lceil|max|min|det)(?![a-zA-Z])|!")
 _FUNCTIONS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)h?(?![a-zA-Z])")
-_TOWER = re.compile(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^|\d{4,}\s*\)*\s*!|!\s*\)*\s*!|-\s*-\s*-")
+_TOWER = re.compile(r"\^\s*\{\s*\(*\\?\w*\s*\^\s*\{\s*\(*\\?\w*\s*\^|\d{4,}\s*\)*\s*!|!\s*\)*\s*!|-\s*-\s*-")
 _EXPONENT = re.compile(r"(?P<base>[)}\]]?)\s*\^\s*\{?\s*[-(]*\s*(?P<low>\d+)(?:\s*\^\s*\{?\s*(?P<high>\d+))?")
 _BASE = re.compile(r"\d_\{?\s*(\w+)")
 
