@@ -177,9 +177,13 @@ def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Tensor, prob
                  "brpo": lambda: brpo_baseline(rewards, returns, budgets, probs, decay)}[name]()
         pairs = [(returns[..., j][has_tokens[..., j]].double(), value[..., j][has_tokens[..., j]].double())
                  for j in range(returns.shape[-1])]
-        out[f"residual/{name}"] = torch.stack([(r - v).var(correction=0) / r.var(correction=0) for r, v in pairs])
+        out[f"residual/{name}"] = torch.stack([_variance(r - v) / _variance(r) for r, v in pairs])
         out[f"correlation/{name}"] = torch.stack([_correlation(r, v) for r, v in pairs])
     return out
+
+
+def _variance(x: Tensor) -> Tensor:
+    return ((x - x.mean()) ** 2).mean()     # nan where there is nothing, without torch.var's warning
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ nor on the number of processes.
 """
 
 import os
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,6 +236,23 @@ def scores_of(rollouts: list[Rollout], num_rollouts: int, num_budgets: int, num_
 def cuts_of(rollouts: list[Rollout], num_rollouts: int, budgets: tuple[int, ...]) -> torch.Tensor:
     """The cut of every budget, [B, G, M], int64."""
     return torch.tensor([cut_lengths(len(r.thinking), budgets) for r in rollouts]).reshape(-1, num_rollouts, len(budgets))
+
+
+def save_rollouts(path: Path, identity: dict, rollouts: list[Rollout]):
+    """Keep a step's rollouts, complete or not at all: most of a step's cost is in them."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(pickle.dumps((identity, rollouts)))
+    partial.rename(path)
+
+
+def load_rollouts(path: Path, identity: dict) -> list[Rollout] | None:
+    """The rollouts that an interrupted run of the same identity kept at `path`, or None. Only read files of your own runs:
+    unpickling executes what it reads."""
+    if not path.exists():
+        return None
+    saved_by, rollouts = pickle.loads(path.read_bytes())
+    return rollouts if saved_by == identity else None
 
 
 def to_tree(rollout: Rollout, thinking_advantages: list[float], summary_advantages: list[list[float]], budgets: tuple[int, ...],

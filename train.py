@@ -41,7 +41,8 @@ from config import Config, as_json, batch_arithmetic, check, denominator, parse
 from data import load_questions, questions_of_step
 from evaluate import anytime_curve, draw_curves
 from rewards import LOUD_FAILURE_SHARE, Verifier, cumulative_returns, failure_share, mean_rewards
-from rollout import Protocol, cuts_of, make_engine, make_grader, open_model, sample_rollouts, scores_of, to_tree
+from rollout import (Protocol, cuts_of, load_rollouts, make_engine, make_grader, open_model, sample_rollouts, save_rollouts, scores_of,
+                     to_tree)
 from tree import Tree, balance, pack
 
 NOTHING = Tree([0], [], [])     # a row without loss, for a process whose share of an update is one row shorter
@@ -66,6 +67,7 @@ def train(c: Config):
             evaluate_and_draw(c, run, engine, verifier, step)
         if step > run.first_step and c.save_every and (step % c.save_every == 0 or step == run.steps):
             distributed.save_checkpoint(run.dir, step, run.identity, model, optimizer, c.keep_checkpoints)
+            drop_rollouts(run, before=step)
         if step == run.steps:
             break
         clock = Clock()
@@ -74,11 +76,17 @@ def train(c: Config):
         with clock("sample"):
             assert engine.version == step, f"the sampler holds the weights of step {engine.version}, not {step}"
             questions = questions_of_step(run.questions, step, c.questions_per_step, c.seed)
-            rollouts = sample_rollouts(engine, questions[sampler::samplers], prior.budgets, G, A, run.protocol, c.temperature, (c.seed, step), grade)
-            # From here on every process holds the whole batch and computes the same advantages and metrics.
-            rollouts = distributed.gather(rollouts if rank % c.tensor_parallel_size == 0 else [])
-            place = {q.index: i for i, q in enumerate(questions)}
-            rollouts.sort(key=lambda r: (place[r.question.index], r.sample))
+            kept = run.dir / "rollouts" / f"step-{step:08d}.pkl"
+            rollouts = load_rollouts(kept, run.identity)        # an interrupted run may have sampled this step already
+            if rollouts is None:
+                rollouts = sample_rollouts(engine, questions[sampler::samplers], prior.budgets, G, A, run.protocol, c.temperature,
+                                           (c.seed, step), grade)
+                # From here on every process holds the whole batch and computes the same advantages and metrics.
+                rollouts = distributed.gather(rollouts if rank % c.tensor_parallel_size == 0 else [])
+                place = {q.index: i for i, q in enumerate(questions)}
+                rollouts.sort(key=lambda r: (place[r.question.index], r.sample))
+                if rank == 0:
+                    save_rollouts(kept, run.identity, rollouts)
 
         # dense rewards, returns, advantages
         scores = scores_of(rollouts, G, M, A)                                                           # [B, G, M, A]
@@ -224,6 +232,14 @@ def load(c: Config, run: Run, device):
         distributed.load_checkpoint(run.checkpoint, model, optimizer)
         engine.sync_weights(distributed.full_weights(model), version=run.first_step)
     return engine, model, optimizer
+
+
+def drop_rollouts(run: Run, before: int):
+    """Rollouts are kept from the newest checkpoint on: a resumed run trains on them again instead of sampling them again."""
+    if distributed.rank() == 0:
+        for path in (run.dir / "rollouts").glob("step-*.pkl"):
+            if int(path.stem.removeprefix("step-")) < before:
+                path.unlink()
 
 
 class Clock:

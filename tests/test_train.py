@@ -104,6 +104,29 @@ def test_a_killed_run_resumes_to_the_same_metrics(unbroken, trained_model_path, 
     assert json.loads((out / "eval.json").read_text())["step"] == 4
 
 
+def test_rollouts_already_sampled_are_trained_on_not_sampled_again(unbroken, trained_model_path, tmp_path, monkeypatch):
+    """Kept from the newest checkpoint on; the resumed step reads them, and other runs' are ignored."""
+    out, _ = unbroken
+    assert sorted(p.name for p in (out / "rollouts").iterdir()) == []      # the last checkpoint covers everything
+    broken = tmp_path / "broken"
+    args = ["--model", str(trained_model_path), "--save-every", "0", "--output-dir", str(broken), *SMALL]
+    train.train(parse([*args, "--steps", "2"]))
+    assert sorted(p.name for p in (broken / "rollouts").iterdir()) == ["step-00000000.pkl", "step-00000001.pkl"]
+    before = metrics_of(broken)
+
+    def refuse(*_, **__):
+        raise AssertionError("sampled again")
+    with monkeypatch.context() as m:
+        m.setattr(train, "sample_rollouts", refuse)
+        m.setattr(train, "evaluate_and_draw", lambda *_: None)
+        m.setattr(train, "report", lambda *_: None)
+        train.train(parse([*args, "--steps", "2", "--resume", "auto"]))
+        assert_equal_metrics(before, metrics_of(broken), 1e-6)
+        with pytest.raises(AssertionError, match="sampled again"):
+            train.train(parse([*args, "--steps", "2", "--resume", "auto", "--seed", "5"]))
+    train.distributed.stop()
+
+
 def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
     out, _ = unbroken
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
