@@ -59,7 +59,7 @@ MAX_DEPTH = 30              # parsers recurse; real answers nest less than ten d
 MAX_ITEMS = 20              # unordered lists compare every item with every item
 MAX_CACHE = 50_000          # remembered verdicts; a rollout repeats the same boxes many times
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
-TASK_TIMEOUT = 3.0          # seconds for one comparison; ordinary ones take 0.01
+TASK_TIMEOUT = 5.0          # seconds for one comparison; ordinary ones take 0.01, and ten times that on a busy machine
 WORKER_MEMORY = 2 << 30     # bytes of address space per worker
 FAILURES = ("timeouts", "deaths", "exceptions", "unparsable_golds", "invalid_golds")
 LOUD_FAILURE_SHARE = 0.02   # above this share of failed gradings in a batch, training should say so
@@ -284,7 +284,7 @@ def _words(text: str) -> str:
 # ------------------------------------------------------------------------------------------- guards and the verdict
 
 _RESTATES = re.compile(r"(?<!\{)\\(?:sum|prod|i*nt|oint|lim|[dt]?binom|choose|gcd|lcm|[bp]?mod|lfloor|lceil|max|min|det)(?![a-zA-Z])|!")
-_FUNCTIONS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)h?(?![a-zA-Z])")
+_FUNCTIONS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp|Gamma)h?(?![a-zA-Z])")
 _TOWER = re.compile(r"\^\s*\{\s*\(*\\?\w*\s*\^\s*\{\s*\(*\\?\w*\s*\^|\d{4,}\s*\)*\s*!|!\s*\)*\s*!|-\s*-\s*-")
 _EXPONENT = re.compile(r"(?P<base>[)}\]]?)\s*\^\s*\{?\s*[-(]*\s*(?P<low>\d+)(?:\s*\^\s*\{?\s*(?P<high>\d+))?")
 _BASE = re.compile(r"\d_\{?\s*(\w+)")
@@ -292,14 +292,14 @@ _BASE = re.compile(r"\d_\{?\s*(\w+)")
 
 def _variables(text: str) -> set[str]:
     """Bare letters that name something. math-verify takes some of them for units (2m, 5s)."""
-    return set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", text))) - set("eiE")
+    return set(re.findall("[a-zA-Z]", re.sub(r"\\(?:begin|end|mathbb)\s*\{\w*\}|\\[a-zA-Z]+", " ", text))) - set("eiE")
 
 
 def _heavy(text: str) -> bool:
     """Valid LaTeX that takes minutes to evaluate: towers, exponents from 10^4, big factorials, (x+1)^{100}."""
     for match in _EXPONENT.finditer(text):
         low, high = match["low"], match["high"] or "1"
-        if len(high) > 3 or len(low) * int(high) > 4 or (match["base"] and int(low) > 60 and _variables(text)):
+        if len(high) > 3 or len(low) * int(high) > 4 or (match["base"] and int(low) > 60 and re.search(r"(?<!\\)\b[a-z]\b", text)):
             return True
     return bool(_TOWER.search(text))
 
@@ -310,7 +310,8 @@ def _refused(gold: str, box: str) -> bool:
     return (
         _heavy(box) or _heavy(gold)
         or bool(_RESTATES.search(box) and not _RESTATES.search(gold))
-        or bool(plain_number(gold) and (_FUNCTIONS.search(box) or _variables(box)))
+        or bool(plain_number(gold) and _FUNCTIONS.search(box))
+        or bool(_variables(box) and not _variables(gold))
         or bool(plain_number(box) and _variables(gold))
         or _is_equation(gold) != _is_equation(box)          # x^2 + y^2 = z^2 is not z^2
         or _BASE.findall(gold) != _BASE.findall(box)
