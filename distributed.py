@@ -52,7 +52,8 @@ def exit_on_bad_input():
 def start() -> torch.device:
     """Join the other processes (torchrun's variables, or a world of one) and pick this process's device.
 
-    Must run before a vLLM engine is built: the engine joins the group that exists.
+    Must run before a vLLM engine is built: the engine joins the group that exists. And again after one is closed, if anything
+    collective is to follow: vLLM ends the group with itself. Calling it twice does no harm.
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -65,7 +66,12 @@ def start() -> torch.device:
     if gpu:
         torch.cuda.set_device(local_rank())
     # Two hours: one process may verify or evaluate long while the others wait at a collective.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=2))
+    if not dist.is_initialized():
+        store, _, _ = next(dist.rendezvous("env://"))
+        # A corner of the store for each time: torchrun's still holds the addresses of a group that has ended.
+        place = dist.PrefixStore(f"start-{store.add(f'starts-{rank()}', 1)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=place, rank=rank(), world_size=world_size(),
+                                timeout=timedelta(hours=2))
     return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
 
 

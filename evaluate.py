@@ -118,10 +118,10 @@ def main(args: list[str] | None = None):
                     a.answer_field, "test", base.eval_questions if a.questions < 0 else a.questions)
                 if distributed.rank() == 0 and model == a.models[0]:
                     print(report)
-    device = distributed.start()
     curves = {}
     with Verifier(base.verifier_workers) as verifier:
         for model in a.models:
+            device = distributed.start()    # again for each: a vLLM engine takes the group of processes with it when it closes
             tokenizer, protocol = opened[model]
             engine = make_engine(a.engine or base.engine, model, device, base.max_prompt_tokens + budgets[-1] + base.max_summary_tokens,
                                  kv_cache_gb=base.kv_cache_gb)

@@ -222,9 +222,11 @@ def load(c: Config, run: Run, device):
 
     path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
     longest = c.max_prompt_tokens + max(c.budget_prior.budgets[-1], c.eval_budgets[-1]) + c.max_summary_tokens
-    engine = make_engine(c.engine, path, device, longest, c.tensor_parallel_size, c.kv_cache_gb)
     if device.type == "cpu":
-        torch.set_num_threads(1)    # tiny tensors: a second thread costs more than it brings, and much more on a busy machine
+        # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine. Before the engine: once vLLM
+        # runs on a CPU, it turns this call into one that does nothing.
+        torch.set_num_threads(1)
+    engine = make_engine(c.engine, path, device, longest, c.tensor_parallel_size, c.kv_cache_gb)
     torch.manual_seed(c.seed)       # after the engine, whose start reseeds; nothing below draws, this is a safety net
     model = distributed.load_policy(path, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
