@@ -101,7 +101,8 @@ def train(c: Config):
         size = len(trees) // c.updates_per_step
         updates = [trees[i:i + size] for i in range(0, len(trees), size)]
         plans = [balance([len(t) for t in update], world, c.max_tokens_per_row)[rank] for update in updates]
-        multiple = 128 if device.type == "cuda" else 1
+        # On a GPU only a few row lengths: FlexAttention compiles once per length (and needs multiples of 128).
+        multiple = max(128, c.max_tokens_per_row // 4 // 128 * 128) if device.type == "cuda" else 1
         updates = [[pack([update[i] for i in row] or [NOTHING], multiple).to(device) for row in plan] for update, plan in zip(updates, plans)]
 
         # log-probs under the weights that sampled, from the trainer itself, in the very rows of the update

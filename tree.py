@@ -65,7 +65,7 @@ class Row:
 
 
 def pack(trees: list[Tree], multiple: int = 1) -> Row:
-    """Lay trees one after another into one row, padded to a `multiple` of tokens (128 suits FlexAttention).
+    """Lay trees one after another into one row, padded to a `multiple` of tokens (of 128 for FlexAttention).
 
     Masks and predecessors are carried from here, never rebuilt from token ids later: an end-of-text that
     doubles as padding would be lost. Raises ValueError on a cut outside the thinking.
@@ -113,14 +113,14 @@ def pack(trees: list[Tree], multiple: int = 1) -> Row:
     return Row(**{name: torch.tensor(values, dtype=dtypes.get(name, torch.int64)) for name, values in columns.items()})
 
 
-def is_visible(row: Row, q, k):
+def is_visible(q, k, segment: Tensor, trunk: Tensor, limit: Tensor):
     """May token q attend to token k?  The one rule behind both masks:
 
         k ≤ q  and  ( segment_k = segment_q   or   segment_k = trunk_q and k < limit_q )
 
     The second half lets a branch see its trunk up to the cut. q, k: row indices, tensors that broadcast.
     """
-    return (k <= q) & ((row.segment[k] == row.segment[q]) | ((row.segment[k] == row.trunk[q]) & (k < row.limit[q])))
+    return (k <= q) & ((segment[k] == segment[q]) | ((segment[k] == trunk[q]) & (k < limit[q])))
 
 
 def dense_mask(row: Row) -> Tensor:
@@ -129,15 +129,17 @@ def dense_mask(row: Row) -> Tensor:
     Bool is what sdpa wants; transformers' `eager` attention would *add* it to the scores, silently wrong.
     """
     index = torch.arange(len(row.input_ids), device=row.input_ids.device)
-    return is_visible(row, index[:, None], index[None, :])[None, None]
+    return is_visible(index[:, None], index[None, :], row.segment, row.trunk, row.limit)[None, None]
 
 
 def flex_mask(row: Row):
     """The same rule as a BlockMask for FlexAttention, which skips the blocks where nothing is visible."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    # Local tensors, not `row`: the compiler lifts captured tensors into inputs and so need not compile again for every row.
+    segment, trunk, limit = row.segment, row.trunk, row.limit
     n = len(row.input_ids)
-    return create_block_mask(lambda b, h, q, k: is_visible(row, q, k), None, None, n, n, device=row.input_ids.device)
+    return create_block_mask(lambda b, h, q, k: is_visible(q, k, segment, trunk, limit), None, None, n, n, device=row.input_ids.device)
 
 
 def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024) -> Tensor:

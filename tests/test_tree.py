@@ -9,6 +9,24 @@ from transformers import AutoModelForCausalLM
 from tree import Branch, Tree, balance, dense_mask, is_visible, pack, token_logprobs
 
 
+def other_architecture(name: str):
+    """A random tiny model of another family: nothing in tree.py knows Qwen2."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = dict(vocab_size=49, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+                 max_position_embeddings=256, initializer_range=0.3, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(head_dim=32, **sizes)) if name == "qwen3" else LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_tree_equals_separate_sequences_in_other_families(name):
+    model = other_architecture(name).eval()
+    trees = [random_tree(random.Random(seed)) for seed in range(3)]
+    row = pack(trees)
+    assert (token_logprobs(model, row, 0.8)[row.trained] - by_separate_sequences(model, trees, 0.8)).abs().max() < 1e-4
+
+
 @pytest.fixture(scope="module")
 def model(tiny_model_path):
     return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation="sdpa").eval()
@@ -108,7 +126,7 @@ def test_flex_mask_is_the_same_rule():
     row = pack([random_tree(random.Random(seed), thinking=60) for seed in range(4)], multiple=128)
     n = len(row.input_ids)
     assert n % 128 == 0
-    flex = create_mask(lambda b, h, q, k: is_visible(row, q, k), None, None, n, n, device="cpu")
+    flex = create_mask(lambda b, h, q, k: is_visible(q, k, row.segment, row.trunk, row.limit), None, None, n, n, device="cpu")
     assert torch.equal(flex, dense_mask(row))
 
 
