@@ -158,17 +158,18 @@ def sampler_gap(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> dict[st
 
 
 def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Tensor, probs: Tensor,
-                         decay: float = 0.5, has_tokens: Tensor | None = None) -> dict[str, Tensor]:
+                         decay: float = 0.5, thinking_lengths: Tensor | None = None) -> dict[str, Tensor]:
     """How much of the return's variance does each baseline explain? (the paper's variance figure)
 
         residual_j = Var[R_j - V_j] / Var[R_j]        correlation_j = Corr[V_j, R_j]
 
-    for V in {progress: V1, group: V2, brpo: V}, over all rollouts [B·G], per budget. `has_tokens` [B, G, M]
-    (bool) restricts budget j to rollouts whose thinking reaches into segment j: only those carry gradient.
+    for V in {progress: V1, group: V2, brpo: V}, over all rollouts [B·G], per budget. With `thinking_lengths`
+    [B, G], over the rollouts whose thinking reaches into segment j only: no others have tokens to train there.
     Returns {"residual/brpo": [M], "correlation/brpo": [M], ...}; nan where R_j does not vary.
     """
-    if has_tokens is None:
-        has_tokens = torch.ones_like(returns, dtype=torch.bool)
+    has_tokens = torch.ones_like(returns, dtype=torch.bool)
+    if thinking_lengths is not None:
+        has_tokens = thinking_lengths[..., None] > torch.cat([budgets.new_zeros(1), budgets[:-1]])      # |z| > b_{j-1}
     out = {}
     for name in ("progress", "group", "brpo"):
         # Called by formula, not through the G >= 2 check: a diagnostic of G = 1 is merely uninteresting.

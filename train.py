@@ -284,9 +284,7 @@ def log(c: Config, run: Run, bar, verifier, step, rollouts, rewards, returns, st
     total = {k: sum(s[k] for s in stats) for k in stats[0]}
     prior, n = c.budget_prior, len(rollouts)
     budgets, probs = torch.tensor(prior.budgets), torch.tensor(prior.probs)
-    starts = torch.tensor([0, *prior.budgets[:-1]])
     lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])
-    has_tokens = lengths[..., None] > starts
     grades = {k: sum(g[k] for g in graded) for k in graded[0]}
     metrics = {
         "step": step, "loss": total["loss"] / c.updates_per_step, "anytime_reward": returns[..., 0].mean().item(),
@@ -298,9 +296,10 @@ def log(c: Config, run: Run, bar, verifier, step, rollouts, rewards, returns, st
         "sampler_gap_outside": total["gap_outside"] / total["tokens"],
         **{f"variance/{k}": v.tolist() for k, v in brpo.variance_diagnostics(rewards, returns, budgets, probs, c.decay).items()},
         **{f"variance_trained/{k}": v.tolist() for k, v in
-           brpo.variance_diagnostics(rewards, returns, budgets, probs, c.decay, has_tokens).items()},
+           brpo.variance_diagnostics(rewards, returns, budgets, probs, c.decay, lengths).items()},
         **{f"verifier/{k}": v for k, v in grades.items()},
         **clock.seconds, "time/step": time.perf_counter() - clock.start,
+        **({"peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
     }
     with (run.dir / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(without_nan(metrics)) + "\n")

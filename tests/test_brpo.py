@@ -189,8 +189,9 @@ def test_sampler_gap_by_hand():
 def test_variance_diagnostics_against_numpy(rewards, returns):
     import numpy as np
 
-    has_tokens = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(2)) < 0.8
-    out = brpo.variance_diagnostics(rewards, returns, BUDGETS, PROBS, has_tokens=has_tokens)
+    lengths = torch.tensor([10, 11, 31, 61, 100]).expand(3, 5)      # at, and one beyond, the ends of segments
+    has_tokens = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool().expand(3, 5, 4)
+    out = brpo.variance_diagnostics(rewards, returns, BUDGETS, PROBS, thinking_lengths=lengths)
     v = brpo.brpo_baseline(rewards, returns, BUDGETS, PROBS)
     for j in range(4):
         r, b = returns[..., j][has_tokens[..., j]].numpy(), v[..., j][has_tokens[..., j]].numpy()
