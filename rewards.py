@@ -46,6 +46,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -585,7 +586,6 @@ def _init_worker():
     import ctypes
     import logging
     import resource
-    import signal
     signal.signal(signal.SIGTERM, signal.SIG_DFL)           # pebble's handler is Python, which a long C loop never runs
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
@@ -596,8 +596,11 @@ def _init_worker():
     logging.disable(logging.CRITICAL)
 
 
-def _grade(golds: list[str], box: str) -> str:
+def _grade(golds: list[str], box: str, timeout: float) -> str:
     """One pair in a worker. Returns a word, never a parsed object: printing or pickling one can hang."""
+    # pebble keeps the time; should pebble be killed, the kernel ends a stuck worker, even one in a long C loop
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(int(timeout) + 3)
     unparsable = []
 
     def compare(gold, box):
@@ -614,6 +617,8 @@ def _grade(golds: list[str], box: str) -> str:
         os._exit(1)                                         # a death: this worker is full, a fresh one is not
     except BaseException:                                   # math-verify's own TimeoutException is no Exception
         return "exceptions"
+    finally:
+        signal.alarm(0)
 
 
 def _serve(num_workers: int, timeout: float):
@@ -652,7 +657,7 @@ def _serve(num_workers: int, timeout: float):
             if not open_tasks:
                 last_reply = time.monotonic()
             open_tasks.add(number)
-            future = pool.schedule(_grade, args=(golds, box), timeout=timeout)
+            future = pool.schedule(_grade, args=(golds, box, timeout), timeout=timeout)
             future.add_done_callback(lambda future, number=number: reply(number, future))
     pool.stop()
     pool.join()

@@ -85,6 +85,12 @@ def test_the_rules_themselves_are_fast_on_any_text(text):
     assert time.perf_counter() - start < 1.5
 
 
+@pytest.mark.parametrize("text", [
+    "(" * 40 + "x" + ")" * 40, "x+" * 250 + "x", "2^{10^{9}}", "2^{100000}", "10^{10^{10^{10}}}", "x^{x^{x^{x^{x}}}}", "(x+y)^{1000}", "100000!x", "x!!", "x" + "-" * 90 + "1"])
+def test_hostile_shapes_are_refused_without_a_worker(text):
+    assert not rewards._equal("x^2+1", rewards.normalise(text), rewards._in_parent)
+
+
 # ---------------------------------------------------------------------------------- the table of the docstring, row by row
 
 CONVENTIONS = {
@@ -102,7 +108,7 @@ CONVENTIONS = {
     7: [("12 cm", "12", 1), ("12", r"12\text{ cm}", 1), ("64 square feet", "64", 1), (r"5\sqrt{3}", r"5\sqrt{3}\text{ cm}^2", 1),
         ("45", r"45^\circ", 1), ("5", r"\$5", 1), ("2", "2k", 0), ("2m", "2", 0), ("5", "5m", 0)],
     8: [(r"10\text{ cm}", r"10\text{ m}", 0), ("10 cm", r"10\mathrm{ cm}", 1), (r"\text{even}", "odd", 0), (r"\text{not }4", "4", 0),
-        ("4", r"\text{not } 4", 0)],
+        ("4", r"\text{not } 4", 0), ("x+1", r"\text{not } x+1", 0)],
     9: [(r"1.6\times 10^{-19}", "0.0", 0), (r"1.6\times 10^{-19}", "1.6e-19", 1), (r"\frac{1}{3}", "0.33", 0), (r"\frac{1}{3}", "0.3333333", 1),
         (r"\frac{\sqrt{3}}{2}", "0.8660254", 1), (r"\frac{\sqrt{3}}{2}", "0.866", 0), (r"\frac{1}{2006!}", r"\frac{1}{2005!}", 0),
         (r"10^{-20}\pi", r"2\cdot 10^{-20}\pi", 0), (r"10^{-20}\pi", "0.0", 0)],
