@@ -22,7 +22,7 @@ NAMED_SETS = {
     "amc2022": ("AI-MO/aimo-validation-amc", "data/train-00000-of-00001.parquet", "problem", "answer"),
     "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem", "answer"),
     "minerva": ("math-ai/minervamath", "test.jsonl", "question", "answer"),
-    "olympiadbench": ("math-ai/olympiadbench", "test.jsonl", "question", "final_answer"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet", "question", "final_answer"),
 }
 MINIATURE_ROWS = {"train": 2048, "test": 512}
 
