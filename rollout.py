@@ -396,13 +396,15 @@ class VllmEngine:
     group submit the same requests in the same order and stay in step by that alone.
     """
 
-    def __init__(self, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0):
+    def __init__(self, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0,
+                 slots: int = 512):
+        """`slots`: requests that run at a time; vLLM's own default for an engine driven like this is that of a small server, 128."""
         if not torch.distributed.is_initialized():
             # vLLM would make a group of its own, of one process, and everybody would sample on the first GPU.
             raise RuntimeError("VllmEngine joins the processes that exist: call distributed.start() before building it")
         on_gpu = device.type == "cuda"
-        # Both are read when vLLM is imported, hence here and not on top. Its background process would sample out of our reach (and
-        # vLLM refuses it under torchrun). What it warns of on CPUs is speed.
+        # Before vLLM is imported, which is heavy and optional: hence all of this here and not on top. Its background process would
+        # sample out of our reach (and vLLM refuses it under torchrun). What it warns of on CPUs is speed.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -413,8 +415,7 @@ class VllmEngine:
         on_cpu = {} if on_gpu else {"block_size": 32, "enforce_eager": True, "enable_chunked_prefill": False}
         self.engine = LLMEngine.from_engine_args(EngineArgs(
             model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True, use_tqdm_on_load=False,
-            # vLLM's own defaults for an engine driven like this are those of a small server: 128 sequences.
-            max_model_len=max_length, max_num_seqs=512, max_num_batched_tokens=max(8192, max_length),
+            max_model_len=max_length, max_num_seqs=slots, max_num_batched_tokens=max(8192, max_length),
             # external_launcher: torchrun started the processes, vLLM joins them instead of starting workers.
             tensor_parallel_size=tensor_parallel_size, distributed_executor_backend="external_launcher",
             # A fixed cache leaves the rest of the memory to training. The share below is only vLLM's check at the start.
