@@ -112,12 +112,11 @@ def test_a_stuck_worker_is_replaced_and_the_next_pair_is_graded_at_once(verifier
 
 
 def test_the_other_worker_goes_on():
-    with Verifier(num_workers=2, timeout=4.0) as verifier:
-        verifier.score([fresh(1), fresh(2)])
-        stuck, start = verifier.submit(*STUCK), time.perf_counter()
-        assert verifier.score([fresh(k) for k in range(3, 23)]) == [1.0] * 20
-        assert not stuck.done() and time.perf_counter() - start < 4
-        assert stuck.result() == 0.0
+    with Verifier(num_workers=2, timeout=60.0) as verifier:
+        stuck = verifier.submit(*STUCK)
+        assert verifier.score([fresh(k) for k in range(20)]) == [1.0] * 20
+        assert not stuck.done()
+    assert stuck.result(timeout=5) == 0.0 and verifier.stats["deaths"] == 1
 
 
 def test_a_killed_worker_costs_one_grading(verifier):
