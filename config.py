@@ -61,7 +61,7 @@ class Config:
     """Sampling steps; 0: as many as `epochs` passes over the questions take."""
     epochs: int = 1
     """Passes over the questions, where steps is 0."""
-    lr: float = 2e-4
+    lr: float = 3e-4
     """AdamW, constant."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW."""
