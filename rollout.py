@@ -446,7 +446,7 @@ class VllmEngine:
         return self.engine.has_unfinished_requests()
 
     def step(self) -> list[Output]:
-        """One token for every running request."""
+        """One token for every running request. On GPUs vLLM runs a step ahead, so that a call may come back with nothing yet."""
         outputs = []
         for out in self.engine.step():
             (completion,) = out.outputs
@@ -458,7 +458,7 @@ class VllmEngine:
         tensor has come, so calls with a part of them would leave layers half done, without an error."""
         if self.has_work():
             raise RuntimeError("sync_weights while requests run: their next tokens would mix two policies. Step until has_work() is False")
-        self.engine.step()      # vLLM schedules ahead on GPUs: let a batch in flight, all of finished requests, end
+        self.engine.step()      # what vLLM had scheduled ahead on a GPU, for requests that are over by now
         missing = set(self.names)
 
         def passing_through():
@@ -476,5 +476,5 @@ class VllmEngine:
 
     def close(self):
         """Shut down and free the memory. vLLM ends torch.distributed with it: nothing collective can follow."""
-        torch.distributed.barrier()
-        self.engine.engine_core.shutdown()
+        torch.distributed.barrier()             # nobody leaves while another still samples
+        self.engine.engine_core.shutdown()      # LLMEngine itself has no shutdown
