@@ -1,25 +1,28 @@
 """AnytimeReasoner: train a policy to be right at every thinking budget, with Budget Relative Policy Optimization.
 
-    python train.py                                                      CPU: the miniature, from nothing to a curve in minutes
-    python train.py --experiment grpo                                    the same, with final-reward GRPO
-    torchrun --nproc_per_node 2 train.py                                 two CPU processes, the same numbers
-    torchrun --nproc_per_node 8 train.py --preset paper-8k               8 GPUs: the paper's main run
+    python train.py                                         CPU: the miniature, from nothing to a curve in minutes
+    python train.py --experiment grpo                       the same, with final-reward GRPO
+    torchrun --nproc_per_node 2 train.py                    two CPU processes, the same numbers
+    torchrun --nproc_per_node 1 train.py --preset paper-8k  one GPU
+    torchrun --nproc_per_node 8 train.py --preset paper-8k  8 GPUs: the paper's main run
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --preset paper-8k
-                                                                         two machines (the same line on both)
-    ... --resume auto                                                    go on after a crash, with the same numbers
+                                                            two machines (the same line on both)
+    ... --resume auto                                       go on after a crash, with the same numbers
 
 The default run warm-starts a tiny model on arithmetic with wasteful traces, then raises its accuracy at every budget;
 `config.py` holds every constant. It leaves in <output_dir>: config.json, metrics.jsonl (a line a step), eval.json,
-anytime_curve.png (before and after), model/ (Hugging Face layout), checkpoints/.
+anytime_curve.png (before and after), model/ (Hugging Face layout), checkpoints/, rollouts/ (since the newest of them).
 
 Departures from the paper, and from the authors' code where the two differ:
- 1. The sampler correction min(exp(old - sampler), C) is on (C = 2) where vLLM samples; `--sampler-cap 0` is the paper.
+ 1. The sampler correction min(exp(old - sampler), C) is on, with C = 2; `--sampler-cap 0` is the paper.
  2. Randomness is a function of (seed, step, question, sample), not the state of a generator.
  3. Questions left over at the end of an epoch are skipped, so that every update has the same size.
- 4. Summaries of cuts that are not trained (GRPO's variants) are sampled and graded, but left out of the update.
- 5. A thinking that ends in end-of-text is asked for no summary and scores 0; the authors' code asks, behind the end-of-text.
+ 4. Summaries that are not trained (GRPO's variants) are sampled and graded, but left out of the update.
+ 5. A thinking that ends in end-of-text is asked for no summary and scores 0; the authors' code asks behind it.
  6. Grading is by math-verify behind our own rules (rewards.py), not by string form and sympy.
- 7. The miniature weighs a summary token 1/(M·A) (`--summary-loss mean`); the paper presets weigh it 1, as the authors' code does.
+ 7. The authors' code weighs a summary token as much as a thinking token, and so do the paper presets; the miniature,
+    whose thinkings are short, weighs it 1/(M·A) (`--summary-loss mean`).
+ 8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at the paper's 0.6.
 """
 
 import importlib.util
@@ -41,8 +44,8 @@ from config import Config, as_json, batch_arithmetic, check, denominator, parse
 from data import load_questions, questions_of_step
 from evaluate import anytime_curve, draw_curves
 from rewards import LOUD_FAILURE_SHARE, Verifier, cumulative_returns, failure_share, mean_rewards
-from rollout import (Protocol, cuts_of, load_rollouts, make_engine, make_grader, open_model, sample_rollouts, save_rollouts, scores_of,
-                     to_tree)
+from rollout import (Protocol, cuts_of, load_rollouts, make_engine, make_grader, open_model, sample_rollouts,
+                     save_rollouts, scores_of, to_tree)
 from tree import Tree, balance, pack
 
 NOTHING = Tree([0], [], [])     # a row without loss, for a process whose share of an update is one row shorter
@@ -59,6 +62,8 @@ def train(c: Config):
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
     verifier = Verifier(c.verifier_workers)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
+    # On a GPU only a few row lengths: FlexAttention compiles once per length (and needs multiples of 128).
+    multiple = max(128, c.max_tokens_per_row // 4 // 128 * 128) if device.type == "cuda" else 1
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step", disable=rank > 0)
 
     for step in range(run.first_step, run.steps + 1):
@@ -79,8 +84,8 @@ def train(c: Config):
             kept = run.dir / "rollouts" / f"step-{step:08d}.pkl"
             rollouts = load_rollouts(kept, run.identity)        # an interrupted run may have sampled this step already
             if rollouts is None:
-                rollouts = sample_rollouts(engine, questions[sampler::samplers], prior.budgets, G, A, run.protocol, c.temperature,
-                                           (c.seed, step), grade)
+                rollouts = sample_rollouts(engine, questions[sampler::samplers], prior.budgets, G, A, run.protocol,
+                                           c.temperature, (c.seed, step), grade)
                 # From here on every process holds the whole batch and computes the same advantages and metrics.
                 rollouts = distributed.gather(rollouts if rank % c.tensor_parallel_size == 0 else [])
                 place = {q.index: i for i, q in enumerate(questions)}
@@ -89,21 +94,21 @@ def train(c: Config):
                     save_rollouts(kept, run.identity, rollouts)
 
         # dense rewards, returns, advantages
-        scores = scores_of(rollouts, G, M, A)                                                           # [B, G, M, A]
-        rewards = mean_rewards(scores)                                                                  # [B, G, M]
-        returns = cumulative_returns(rewards, probs)                                                    # [B, G, M]
-        thinking_advantages = brpo.thinking_advantages(rewards, returns, budgets, probs, c.baseline, c.decay)    # [B, G, M]
-        summary_advantages = brpo.summary_advantages(scores, cuts_of(rollouts, G, prior.budgets)) * c.summary_weight  # [B, G, M, A]
+        scores = scores_of(rollouts, G, M, A)                                                       # [B, G, M, A]
+        rewards = mean_rewards(scores)                                                              # [B, G, M]
+        returns = cumulative_returns(rewards, probs)                                                # [B, G, M]
+        thinking = brpo.thinking_advantages(rewards, returns, budgets, probs, c.baseline, c.decay)  # [B, G, M]
+        summary = brpo.summary_advantages(scores, cuts_of(rollouts, G, prior.budgets))              # [B, G, M, A]
+        summary = summary * c.summary_weight
 
         # one tree per rollout; whole trees to rows and processes by token count, update by update
-        trees = [to_tree(r, thinking, summary, prior.budgets, c.train_summaries == "last") for r, thinking, summary in
-                 zip(rollouts, thinking_advantages.flatten(0, 1).tolist(), summary_advantages.flatten(0, 1).tolist())]
+        trees = [to_tree(*each, prior.budgets, c.train_summaries == "last")
+                 for each in zip(rollouts, thinking.flatten(0, 1).tolist(), summary.flatten(0, 1).tolist())]
         size = len(trees) // c.updates_per_step
-        updates = [trees[i:i + size] for i in range(0, len(trees), size)]
-        plans = [balance([len(t) for t in update], world, c.max_tokens_per_row)[rank] for update in updates]
-        # On a GPU only a few row lengths: FlexAttention compiles once per length (and needs multiples of 128).
-        multiple = max(128, c.max_tokens_per_row // 4 // 128 * 128) if device.type == "cuda" else 1
-        updates = [[pack([update[i] for i in row] or [NOTHING], multiple).to(device) for row in plan] for update, plan in zip(updates, plans)]
+        updates = []
+        for update in (trees[i:i + size] for i in range(0, len(trees), size)):
+            plan = balance([len(t) for t in update], world, c.max_tokens_per_row)[rank]
+            updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device) for row in plan])
 
         # log-probs under the weights that sampled, from the trainer itself, in the very rows of the update
         with clock("old_logp"), torch.no_grad():
@@ -116,9 +121,11 @@ def train(c: Config):
                     distributed.accumulate(model, last=i == len(rows) - 1)
                     logp = model.token_logprobs(row, c.temperature)
                     weight = brpo.sampler_weight(old_logp, row.sampler_logp, c.sampler_cap)
-                    loss, metrics = brpo.policy_loss(logp, old_logp, row.advantages, row.trained, denominator(c), c.clip, weight)
-                    (loss * world).backward()       # × world: FSDP averages gradients, the denominator already spans all
-                    stats.append({"loss": loss.detach(), **metrics, **brpo.sampler_gap(old_logp, row.sampler_logp, row.trained)})
+                    loss, metrics = brpo.policy_loss(logp, old_logp, row.advantages, row.trained, denominator(c),
+                                                     c.clip, weight)
+                    (loss * world).backward()   # × world: FSDP averages gradients, the denominator spans all already
+                    gap = brpo.sampler_gap(old_logp, row.sampler_logp, row.trained)
+                    stats.append({"loss": loss.detach(), **metrics, **gap})
                 grad_norms.append(distributed.clip_gradients(model, c.max_grad_norm))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -164,18 +171,22 @@ def prepare(c: Config) -> Run:
     if gpus and here > gpus:
         raise ValueError(f"{here} processes on a machine with {gpus} GPU(s): start with --nproc_per_node {gpus}")
     if not gpus and c.preset != "miniature":
-        raise ValueError(f"--preset {c.preset} needs GPUs and none is visible: check CUDA_VISIBLE_DEVICES and the driver, or run the miniature")
+        raise ValueError(f"--preset {c.preset} needs GPUs and none is visible: check CUDA_VISIBLE_DEVICES and the "
+                         "driver, or run the miniature")
     if c.engine == "vllm" and not vllm_is_installed():
-        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, or --engine plain")
+        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, "
+                         "or --engine plain")
 
     out = Path(c.output_dir)
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
-    free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs", "verifier_workers", "kv_cache_gb",
-            "tensor_parallel_size", "max_tokens_per_row"} | {name for name in as_json(c) if name.startswith("eval_")}
+    free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs", "verifier_workers",
+            "kv_cache_gb", "tensor_parallel_size", "max_tokens_per_row"}
+    free |= {name for name in as_json(c) if name.startswith("eval_")}
     identity = json.loads(json.dumps({k: v for k, v in as_json(c).items() if k not in free}))
     if not c.resume:
         if (out / "config.json").exists():
-            raise ValueError(f"--output-dir {out} holds another run: choose a new one, or continue it with --resume auto")
+            raise ValueError(f"--output-dir {out} holds another run: choose a new one, or continue it with "
+                             "--resume auto")
         checkpoint = None
     elif c.resume == "auto":
         checkpoint = (distributed.checkpoints(out) or [None])[-1]
@@ -183,15 +194,17 @@ def prepare(c: Config) -> Run:
         checkpoint = Path(c.resume)
     first_step = distributed.check_checkpoint(checkpoint, identity) if checkpoint else 0
 
-    tokenizer, protocol = open_model(c.model, max(c.budget_prior.budgets[-1], c.eval_budgets[-1]), c.max_prompt_tokens, c.max_summary_tokens)
-    questions, report = load_questions(c.train_data, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
+    largest = max(c.budget_prior.budgets[-1], c.eval_budgets[-1])
+    tokenizer, protocol = open_model(c.model, largest, c.max_prompt_tokens, c.max_summary_tokens)
+    how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
+    questions, report = load_questions(c.train_data, *how)
     reports, eval_sets = [report], {}
     for name in c.eval_data:
-        eval_sets[name], report = load_questions(name, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field,
-                                                 "test", c.eval_questions)
+        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions)
         reports.append(report)
     if len(questions) < c.questions_per_step:
-        raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than --questions-per-step {c.questions_per_step}: lower it")
+        raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than --questions-per-step "
+                         f"{c.questions_per_step}: lower it")
     steps = c.steps or c.epochs * (len(questions) // c.questions_per_step)
     if steps < first_step:
         raise ValueError(f"{checkpoint} is at step {first_step}, beyond --steps {steps}: raise it")
@@ -206,13 +219,15 @@ def vllm_is_installed() -> bool:
 
 
 def load(c: Config, run: Run, device):
-    """Engine, model and optimizer at the step to start from. The engine comes first: it takes its memory before training does."""
+    """Engine, model and optimizer at the step to start from. The engine comes first: it takes its memory before
+    training does."""
     rank = distributed.rank()
     if rank == 0:
         run.dir.mkdir(parents=True, exist_ok=True)
         (run.dir / "config.json").write_text(json.dumps(as_json(c), indent=1))
         # Drop what lies behind the checkpoint: those steps are about to be done, and written, again.
-        for name, first in (("metrics.jsonl", run.first_step), ("evals.jsonl", run.first_step + 1)):
+        first_evaluation = run.first_step + 1 if run.checkpoint else 0      # that of the checkpoint's step is done
+        for name, first in (("metrics.jsonl", run.first_step), ("evals.jsonl", first_evaluation)):
             lines = (run.dir / name).read_text().splitlines() if (run.dir / name).exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first]
             (run.dir / name).write_text("".join(line + "\n" for line in kept))
@@ -224,8 +239,8 @@ def load(c: Config, run: Run, device):
     path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
     longest = c.max_prompt_tokens + max(c.budget_prior.budgets[-1], c.eval_budgets[-1]) + c.max_summary_tokens
     if device.type == "cpu":
-        # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine. Before the engine: once vLLM
-        # runs on a CPU, it turns this call into one that does nothing.
+        # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine. Before the engine:
+        # once vLLM runs on a CPU, it turns this call into one that does nothing.
         torch.set_num_threads(1)
     engine = make_engine(c.engine, path, device, longest, c.tensor_parallel_size, c.kv_cache_gb)
     torch.manual_seed(c.seed)       # after the engine, whose start reseeds; nothing below draws, this is a safety net
@@ -238,7 +253,7 @@ def load(c: Config, run: Run, device):
 
 
 def drop_rollouts(run: Run, before: int):
-    """Rollouts are kept from the newest checkpoint on: a resumed run trains on them again instead of sampling them again."""
+    """Rollouts are kept from the newest checkpoint on: a resumed run trains on them again, without sampling again."""
     if distributed.rank() == 0:
         for path in (run.dir / "rollouts").glob("step-*.pkl"):
             if int(path.stem.removeprefix("step-")) < before:
@@ -264,15 +279,16 @@ def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
     """The anytime curve of this step into eval.json and the picture; nothing to do if a resumed run has it already."""
     if any(e["step"] == step for e in run.history):
         return
-    curve = anytime_curve(engine, run.eval_sets, c.eval_budgets, c.eval_samples, run.protocol, run.tokenizer, verifier, c.eval_temperature,
-                          c.seed, c.tensor_parallel_size)
+    curve = anytime_curve(engine, run.eval_sets, c.eval_budgets, c.eval_samples, run.protocol, run.tokenizer, verifier,
+                          c.eval_temperature, c.seed, c.tensor_parallel_size)
     run.history.append({"step": step, **curve})
     if distributed.rank() == 0:
         with (run.dir / "evals.jsonl").open("a") as f:
             f.write(json.dumps(run.history[-1]) + "\n")
         (run.dir / "eval.json").write_text(json.dumps({**run.history[-1], "before": run.history[0]}, indent=1))
         draw_curves({f"step {e['step']}": e for e in (run.history[0], run.history[-1])}, run.dir / "anytime_curve.png")
-        tqdm.write(f"step {step:4d} evaluation: anytime {curve['anytime_accuracy']:.3f}, final {curve['final_accuracy']:.3f}")
+        tqdm.write(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
+                   f"final {curve['final_accuracy']:.3f}")
 
 
 def log(c: Config, run: Run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, clock):
@@ -282,21 +298,29 @@ def log(c: Config, run: Run, bar, verifier, step, rollouts, rewards, returns, st
     if distributed.rank() > 0:
         return
     total = {k: sum(s[k] for s in stats) for k in stats[0]}
-    prior, n = c.budget_prior, len(rollouts)
-    budgets, probs = torch.tensor(prior.budgets), torch.tensor(prior.probs)
-    lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])
+    per_token = {k: total[k] / total["tokens"] for k in total}
     grades = {k: sum(g[k] for g in graded) for k in graded[0]}
+    lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])      # [B, G]
+    summaries = [s for r in rollouts for s in r.summaries]
+    prior = (rewards, returns, torch.tensor(c.budget_prior.budgets), torch.tensor(c.budget_prior.probs), c.decay)
+    variance, variance_trained = brpo.variance_diagnostics(*prior), brpo.variance_diagnostics(*prior, lengths)
     metrics = {
-        "step": step, "loss": total["loss"] / c.updates_per_step, "anytime_reward": returns[..., 0].mean().item(),
-        "reward": rewards.mean((0, 1)).tolist(), "thinking_tokens": lengths.float().mean().item(),
-        "summary_tokens": sum(len(s.tokens) for r in rollouts for s in r.summaries) / sum(len(r.summaries) for r in rollouts),
-        **{kind: sum(r.finish == kind for r in rollouts) / n for kind in ("closed", "eos", "length")},
-        "trained_tokens": total["tokens"], "clip_share": total["clipped"] / total["tokens"], "kl": total["kl"] / total["tokens"],
-        "grad_norm": grad_norms, "sampler_gap": total["gap"] / total["tokens"], "sampler_gap_max": max(s["gap_max"] for s in stats),
-        "sampler_gap_outside": total["gap_outside"] / total["tokens"],
-        **{f"variance/{k}": v.tolist() for k, v in brpo.variance_diagnostics(rewards, returns, budgets, probs, c.decay).items()},
-        **{f"variance_trained/{k}": v.tolist() for k, v in
-           brpo.variance_diagnostics(rewards, returns, budgets, probs, c.decay, lengths).items()},
+        "step": step,
+        "loss": total["loss"] / c.updates_per_step,
+        "anytime_reward": returns[..., 0].mean().item(),
+        "reward": rewards.mean((0, 1)).tolist(),
+        "thinking_tokens": lengths.float().mean().item(),
+        "summary_tokens": sum(len(s.tokens) for s in summaries) / len(summaries),
+        **{kind: sum(r.finish == kind for r in rollouts) / len(rollouts) for kind in ("closed", "eos", "length")},
+        "trained_tokens": total["tokens"],
+        "clip_share": per_token["clipped"],
+        "kl": per_token["kl"],
+        "grad_norm": grad_norms,
+        "sampler_gap": per_token["gap"],
+        "sampler_gap_max": max(s["gap_max"] for s in stats),
+        "sampler_gap_outside": per_token["gap_outside"],
+        **{f"variance/{k}": v.tolist() for k, v in variance.items()},
+        **{f"variance_trained/{k}": v.tolist() for k, v in variance_trained.items()},
         **{f"verifier/{k}": v for k, v in grades.items()},
         **clock.seconds, "time/step": time.perf_counter() - clock.start,
         **({"peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
@@ -304,11 +328,12 @@ def log(c: Config, run: Run, bar, verifier, step, rollouts, rewards, returns, st
     with (run.dir / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(without_nan(metrics)) + "\n")
     bar.update()
-    tqdm.write(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in metrics['reward'])}  anytime {metrics['anytime_reward']:.3f}  "
-               f"thinking {metrics['thinking_tokens']:.1f}  loss {metrics['loss']:+.2e}  grad {max(grad_norms):.2e}  clip {metrics['clip_share']:.3f}  "
-               f"gap {metrics['sampler_gap']:.1e}  {metrics['time/step']:.1f}s")
+    m = metrics
+    tqdm.write(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
+               f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  "
+               f"clip {m['clip_share']:.3f}  gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s")
     if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:
-        tqdm.write(f"WARNING step {step}: {share:.1%} of the gradings failed and scored 0, so rewards are biased: {grades}")
+        tqdm.write(f"WARNING step {step}: {share:.1%} of the gradings failed and scored 0, biasing rewards: {grades}")
 
 
 def without_nan(value):
