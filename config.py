@@ -10,7 +10,8 @@ from typing import Literal
 
 from budgets import BudgetPrior, prior_probs
 
-Experiment = Literal["grpo", "ar-base", "ar-linear", "ar-uniform", "grpo-linear", "grpo-decouple", "grpo-vr", "grpo-vr-decouple"]
+Experiment = Literal["grpo", "ar-base", "ar-linear", "ar-uniform", "grpo-linear", "grpo-decouple", "grpo-vr",
+                     "grpo-vr-decouple"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Config:
     output_dir: str = ""
     """Default: runs/<preset>-<experiment>-seed<seed>."""
     resume: str = ""
-    """"auto" continues from the newest checkpoint in output_dir (or starts, if there is none); or a checkpoint's path."""
+    """"auto" goes on from the newest checkpoint in output_dir (starts, if there is none); or a checkpoint's path."""
     save_every: int = 20
     """Steps between checkpoints; 0: none."""
     keep_checkpoints: int = 2
@@ -151,12 +152,14 @@ PRESETS = {
     "miniature": {},
     "paper-8k": PAPER_8K,
     # The longer run of the authors' repository: twice the budget, rollouts and questions, three epochs.
-    "paper-16k": PAPER_8K | dict(max_budget=16000, max_response_length=16000 + 17 * 128, num_rollouts=16, questions_per_step=128,
-                                 epochs=3, eval_budgets=tuple(range(500, 16001, 500)), eval_samples=2),
+    "paper-16k": PAPER_8K | dict(
+        max_budget=16000, max_response_length=16000 + 17 * 128, num_rollouts=16, questions_per_step=128, epochs=3,
+        eval_budgets=tuple(range(500, 16001, 500)), eval_samples=2),
 }
 
 # SPEC 8's table. GRPO is the same code with one budget, one summary, and the group's mean as baseline.
-EXPERIMENTS = {name: dict(zip(("num_budgets", "prior", "num_summaries", "train_summaries", "baseline"), row)) for name, row in {
+COLUMNS = ("num_budgets", "prior", "num_summaries", "train_summaries", "baseline")
+EXPERIMENTS = {name: dict(zip(COLUMNS, row)) for name, row in {
     "grpo":             (1, "base",    1, "last", "group"),
     "ar-base":          (4, "base",    4, "all",  "brpo"),
     "ar-linear":        (4, "linear",  4, "all",  "brpo"),
@@ -186,40 +189,48 @@ def parse(args: list[str] | None = None) -> Config:
     preset, experiment = given("preset", PRESETS, "miniature"), given("experiment", EXPERIMENTS, "ar-uniform")
     base = Config(**{"preset": preset, "experiment": experiment, **PRESETS[preset], **EXPERIMENTS[experiment]})
     config = tyro.cli(Config, default=base, args=args)
-    return replace(config, output_dir=config.output_dir or f"runs/{config.preset}-{config.experiment}-seed{config.seed}")
+    default = f"runs/{config.preset}-{config.experiment}-seed{config.seed}"
+    return replace(config, output_dir=config.output_dir or default)
 
 
 def check(config: Config, world_size: int = 1) -> None:
     """Everything that flags alone can get wrong; ValueError names the flag and the mend."""
     c, budgets = config, config.budget_prior.budgets
-    for name in ("num_rollouts", "num_summaries", "questions_per_step", "updates_per_step", "max_prompt_tokens", "eval_samples",
-                 "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints", "verifier_workers"):
+    for name in ("num_rollouts", "num_summaries", "questions_per_step", "updates_per_step", "max_prompt_tokens",
+                 "eval_samples", "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints", "verifier_workers"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{flag(name)} {getattr(c, name)}: must be at least 1")
     for name in ("lr", "temperature", "clip", "max_grad_norm", "kv_cache_gb"):
         if not getattr(c, name) > 0:
             raise ValueError(f"--{flag(name)} {getattr(c, name)}: must be above 0")
-    for name in ("steps", "epochs", "save_every", "eval_every", "eval_questions", "seed", "sampler_cap", "eval_temperature"):
+    for name in ("steps", "epochs", "save_every", "eval_every", "eval_questions", "seed", "sampler_cap",
+                 "eval_temperature"):
         if getattr(c, name) < 0:
             raise ValueError(f"--{flag(name)} {getattr(c, name)}: cannot be negative")
     if not 0 < c.decay <= 1:
         raise ValueError(f"--decay {c.decay}: λ lies in (0, 1]")
     if c.num_rollouts < 2 and c.baseline in ("brpo", "group"):
-        raise ValueError(f"--baseline {c.baseline} compares rollouts of one question: --num-rollouts must be at least 2, not {c.num_rollouts}")
+        raise ValueError(f"--baseline {c.baseline} compares rollouts of one question: --num-rollouts must be at least 2, "
+                         f"not {c.num_rollouts}")
     if c.num_rollouts < 2 and c.num_summaries == 1:
-        raise ValueError("--num-summaries 1 takes the group's mean as the summaries' baseline: --num-rollouts must be at least 2")
+        raise ValueError("--num-summaries 1 takes the group's mean as the summaries' baseline: --num-rollouts must be "
+                         "at least 2")
     BudgetPrior(c.eval_budgets, prior_probs("uniform", c.eval_budgets))     # increasing, positive
     if c.questions_per_step % c.updates_per_step:
-        raise ValueError(f"--questions-per-step {c.questions_per_step} does not split into --updates-per-step {c.updates_per_step} equal updates")
+        raise ValueError(f"--questions-per-step {c.questions_per_step} does not split into --updates-per-step "
+                         f"{c.updates_per_step} equal updates")
     if c.tensor_parallel_size > 1 and c.engine != "vllm":
         raise ValueError("--tensor-parallel-size needs --engine vllm: the plain engine samples on one device")
     if world_size % c.tensor_parallel_size:
-        raise ValueError(f"{world_size} processes do not form groups of --tensor-parallel-size {c.tensor_parallel_size}: start a multiple of it")
+        raise ValueError(f"{world_size} processes do not form groups of --tensor-parallel-size "
+                         f"{c.tensor_parallel_size}: start a multiple of it")
     samplers = world_size // c.tensor_parallel_size
     if c.questions_per_step % samplers:
-        raise ValueError(f"--questions-per-step {c.questions_per_step} does not divide over {samplers} sampling processes: make it a multiple")
+        raise ValueError(f"--questions-per-step {c.questions_per_step} does not divide over {samplers} sampling "
+                         "processes: make it a multiple")
     if c.max_response_length < budgets[-1]:
-        raise ValueError(f"--max-response-length {c.max_response_length} is below the largest budget {budgets[-1]}: raise it")
+        raise ValueError(f"--max-response-length {c.max_response_length} is below the largest budget {budgets[-1]}: "
+                         "raise it")
     if c.train_data != "miniature" and "{question}" not in c.prompt_template:
         raise ValueError("--prompt-template has no {question} in it")
 
@@ -234,12 +245,15 @@ def batch_arithmetic(config: Config, world_size: int) -> str:
     m, samplers = len(prior.budgets), world_size // config.tensor_parallel_size
     thinkings = c.questions_per_step * c.num_rollouts
     return "\n".join([
-        f"{c.preset} · {c.experiment} · seed {c.seed} · {world_size} process(es), {samplers} sampler(s) -> {c.output_dir}",
-        f"  budgets b_j   {' '.join(map(str, prior.budgets))}   P_j {' '.join(f'{p:.3g}' for p in prior.probs)}   baseline {c.baseline}",
-        f"  a step        {c.questions_per_step} questions × G {c.num_rollouts} = {thinkings} thinkings of up to {prior.budgets[-1]} tokens, "
-        f"× M {m} × A {c.num_summaries} = {thinkings * m * c.num_summaries} summaries of up to {c.max_summary_tokens}",
-        f"  an update     {c.questions_per_step // c.updates_per_step} questions, {c.updates_per_step} updates a step; loss denominator "
-        f"{thinkings // c.updates_per_step} × {c.max_response_length} = {denominator(c)}",
+        f"{c.preset} · {c.experiment} · seed {c.seed} · {world_size} process(es), {samplers} sampler(s) "
+        f"-> {c.output_dir}",
+        f"  budgets b_j   {' '.join(map(str, prior.budgets))}   P_j {' '.join(f'{p:.3g}' for p in prior.probs)}   "
+        f"baseline {c.baseline}",
+        f"  a step        {c.questions_per_step} questions × G {c.num_rollouts} = {thinkings} thinkings of up to "
+        f"{prior.budgets[-1]} tokens, × M {m} × A {c.num_summaries} = {thinkings * m * c.num_summaries} summaries of "
+        f"up to {c.max_summary_tokens}",
+        f"  an update     {c.questions_per_step // c.updates_per_step} questions, {c.updates_per_step} updates a step; "
+        f"loss denominator {thinkings // c.updates_per_step} × {c.max_response_length} = {denominator(c)}",
     ])
 
 

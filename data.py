@@ -1,8 +1,8 @@
 """Where do questions come from?
 
-A row is a question with its ground truth. Rows are read from a local .json / .jsonl / .parquet file, from a named set on
-the Hugging Face hub, or made by the miniature; checked one by one; and turned into prompts. Their order is a function of
-(seed, step) alone.
+A row is a question with its ground truth. Rows are read from a local .json / .jsonl / .parquet file, from a named set
+on the Hugging Face hub, or made by the miniature; checked one by one; and turned into prompts. Their order is a function
+of (seed, step) alone.
 """
 
 import json
@@ -22,7 +22,8 @@ NAMED_SETS = {
     "amc2022": ("AI-MO/aimo-validation-amc", "data/train-00000-of-00001.parquet", "problem", "answer"),
     "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem", "answer"),
     "minerva": ("math-ai/minervamath", "test.jsonl", "question", "answer"),
-    "olympiadbench": ("Hothan/OlympiadBench", "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet", "question", "final_answer"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
+                      "question", "final_answer"),
 }
 MINIATURE_ROWS = {"train": 2048, "test": 512}
 
@@ -37,8 +38,8 @@ class Question:
 
 def load_rows(source: str, question_field: str = "problem", answer_field: str = "answer",
               split: str = "train") -> tuple[list[tuple[str, object]], int]:
-    """(question, ground_truth) rows of a file, a named set, or the miniature's `split`; and how many rows were dropped for an
-    invalid gold (None or blank: no answer could ever score). Raises ValueError naming the file, the row and the mend."""
+    """(question, ground_truth) rows of a file, a named set, or the miniature's `split`; and how many rows were dropped
+    for an invalid gold (None or blank: no answer could ever score). ValueError names the file, the row and the mend."""
     if source == "miniature":
         return miniature.make_rows(split, MINIATURE_ROWS[split]), 0
     if source in NAMED_SETS:
@@ -50,7 +51,8 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
     rows, dropped = [], 0
     for where, record in _records(path):
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, {where}: expected an object with {question_field!r} and {answer_field!r}, got {str(record)[:60]!r}")
+            raise ValueError(f"{path}, {where}: expected an object with {question_field!r} and {answer_field!r}, "
+                             f"got {str(record)[:60]!r}")
         for name in (question_field, answer_field):
             if name not in record:
                 raise ValueError(f"{path}, {where}: no field {name!r} (it has {', '.join(record)}): "
@@ -104,11 +106,13 @@ def _download(name: str) -> tuple[Path, str, str]:
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset")), question_field, answer_field
     except Exception as e:      # offline, renamed, gated: whatever the hub's client raises, the mend is the same
-        raise ValueError(f"cannot fetch {file} of {repo} from the hub ({type(e).__name__}: {str(e).splitlines()[0][:120]}): "
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        raise ValueError(f"cannot fetch {file} of {repo} from the hub ({reason}): "
                          "check the network, or download it and pass the file's path") from e
 
 
-def make_questions(rows: list[tuple[str, object]], tokenizer, template: str, max_prompt_tokens: int) -> tuple[list[Question], int]:
+def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
+                   max_prompt_tokens: int) -> tuple[list[Question], int]:
     """Apply the prompt template and the model's chat template; drop prompts longer than max_prompt_tokens.
 
     Returns the questions and how many were dropped. An R1-style chat template opens the thinking itself (`<think>`).
@@ -129,7 +133,7 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str, max
 
 def load_questions(source: str, tokenizer, template: str, max_prompt_tokens: int, question_field: str = "problem",
                    answer_field: str = "answer", split: str = "train", limit: int = 0) -> tuple[list[Question], str]:
-    """Rows to prompts in one go: the first `limit` (0: all) questions of a source, and one line that counts what was dropped."""
+    """Rows to prompts in one go: the first `limit` (0: all) questions of a source, and a line that counts the dropped."""
     rows, invalid = load_rows(source, question_field, answer_field, split)
     questions, overlong = make_questions(rows[:limit or None], tokenizer, template, max_prompt_tokens)
     return questions, (f"{source}: {len(questions)} questions ({invalid} dropped without a ground truth, "

@@ -17,7 +17,8 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from tree import token_logprobs
@@ -112,7 +113,8 @@ def load_policy(model_path: str, device: torch.device):
     model.token_logprobs = MethodType(token_logprobs, model)
     model.dtype_on_disk = AutoConfig.from_pretrained(model_path).dtype or torch.float32
     if world_size() > 1 or gpu:     # on one GPU for the mixed precision; one CPU process has nothing to gain
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if gpu else MixedPrecisionPolicy()
+        half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        precision = MixedPrecisionPolicy(**(half if gpu else {}))
         for layer in model.get_decoder().layers:
             fully_shard(layer, mp_policy=precision)
         fully_shard(model, mp_policy=precision)
@@ -177,7 +179,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(output_dir: Path, step: int, identity: dict, model, optimizer, keep: int):
-    """Model and optimizer shards of every process plus `identity` (what the run is), atomically; keep the newest `keep`."""
+    """Model and optimizer shards of every process plus `identity` (what the run is), atomically; the newest `keep` stay."""
     path = output_dir / "checkpoints" / f"step-{step:08d}"
     partial = path.with_suffix(".partial")
     if rank() == 0:
@@ -199,10 +201,12 @@ def check_checkpoint(path: Path, identity: dict) -> int:
     try:
         saved = json.loads((path / "run.json").read_text())
     except (OSError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path} is no complete checkpoint ({e}): pass --resume auto, or a directory named step-*") from None
+        raise ValueError(f"{path} is no complete checkpoint ({e}): pass --resume auto, or a directory named "
+                         "step-*") from None
     different = [f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in identity.items() if saved.get(k) != v]
     if different:
-        raise ValueError(f"checkpoint {path} is of another run: {'; '.join(different)}. Match the flags, or start in a new --output-dir")
+        raise ValueError(f"checkpoint {path} is of another run: {'; '.join(different)}. Match the flags, or start in a "
+                         "new --output-dir")
     return saved["step"]
 
 

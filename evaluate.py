@@ -1,10 +1,11 @@
 """The anytime curve: accuracy as a function of the thinking budget.
 
-    python evaluate.py runs/miniature-ar-uniform-seed0/model                             any saved model, writes eval.json beside it
-    python evaluate.py A/model B/model --budgets 8 16 32 48 --output-dir runs/compare    several models on one picture
-    torchrun --nproc_per_node 8 evaluate.py MODEL --preset paper-8k                      the paper's five sets, questions shared out
+    python evaluate.py runs/miniature-ar-uniform-seed0/model            any saved model
+    python evaluate.py A B --budgets 8 16 32 48 --output-dir runs/both  several models on one picture
+    torchrun --nproc_per_node 8 evaluate.py MODEL --preset paper-8k     the paper's five sets, questions shared out
 
-anytime_accuracy is the mean of the curve over the given budgets (J under a uniform prior on them), final_accuracy its last point.
+anytime_accuracy is the mean of the curve over the given budgets (J under a uniform prior on them), final_accuracy its
+last point.
 """
 
 import json
@@ -19,17 +20,18 @@ from budgets import BudgetPrior, prior_probs
 from config import PRESETS, Config
 from data import Question, load_questions
 from rewards import Verifier
-from rollout import Protocol, make_engine, make_grader, open_model, sample_rollouts, scores_of
+from rollout import (Protocol, make_engine, make_grader, open_model, require_engine, sample_rollouts,
+                     scores_of)
 
 EVALUATION = 2**31      # stands where a training step's number would in random keys: every evaluation draws the same
 
 
-def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, ...], samples: int, protocol: Protocol, tokenizer,
-                  verifier: Verifier, temperature: float = 0.6, seed: int = 0, tensor_parallel_size: int = 1) -> dict:
+def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, ...], samples: int, protocol: Protocol,
+                  tokenizer, verifier: Verifier, temperature: float = 0.6, seed: int = 0, tensor_parallel_size: int = 1) -> dict:
     """Accuracy at every budget, on every set; the same dict on all processes, which share out the questions.
 
-    accuracy_j = mean over questions and samples of r(x, y_j), one summary per cut; over several sets, the mean of their means (the
-    paper's average). stderr_j is over questions (samples of one question are not independent).
+    accuracy_j = mean over questions and samples of r(x, y_j), one summary per cut; over several sets, the mean of their
+    means (the paper's average). stderr_j is over questions (samples of one question are not independent).
     """
     sampler, samplers = distributed.rank() // tensor_parallel_size, distributed.world_size() // tensor_parallel_size
     grade = make_grader(verifier, tokenizer, protocol)
@@ -48,7 +50,8 @@ def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, .
             "closed": sum(r.finish == "closed" for r in rollouts) / len(rollouts)}
     mean = torch.tensor([c["accuracy"] for c in curves.values()], dtype=torch.float64).mean(0)
     return {"budgets": list(budgets), "accuracy": mean.tolist(), "anytime_accuracy": mean.mean().item(),
-            "final_accuracy": mean[-1].item(), "samples": samples, "temperature": temperature, "seed": seed, "sets": curves}
+            "final_accuracy": mean[-1].item(), "samples": samples, "temperature": temperature, "seed": seed,
+            "sets": curves}
 
 
 def draw_curves(curves: dict[str, dict], path: Path):
@@ -60,8 +63,8 @@ def draw_curves(curves: dict[str, dict], path: Path):
     figure, axes = plt.subplots(figsize=(6, 4))
     for label, curve in curves.items():
         sets = list(curve["sets"].values())
-        axes.errorbar(curve["budgets"], curve["accuracy"], yerr=sets[0]["stderr"] if len(sets) == 1 else None, marker="o", markersize=4,
-                      capsize=2, label=f"{label} (anytime {curve['anytime_accuracy']:.3f})")
+        axes.errorbar(curve["budgets"], curve["accuracy"], yerr=sets[0]["stderr"] if len(sets) == 1 else None,
+                      marker="o", markersize=4, capsize=2, label=f"{label} (anytime {curve['anytime_accuracy']:.3f})")
     axes.set(xlabel="thinking budget (tokens)", ylabel="accuracy", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -104,29 +107,32 @@ class Arguments:
 
 def main(args: list[str] | None = None):
     import tyro
+
     a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args)
     base = Config(**PRESETS[a.preset])
+    budgets, samples = a.budgets or base.eval_budgets, a.samples or base.eval_samples
+    engine_kind, temperature = a.engine or base.engine, base.eval_temperature if a.temperature < 0 else a.temperature
     with distributed.exit_on_bad_input():
-        budgets = a.budgets or base.eval_budgets
         BudgetPrior(budgets, prior_probs("uniform", budgets))
-        opened = {model: open_model(model, budgets[-1], base.max_prompt_tokens, base.max_summary_tokens) for model in a.models}
-        sets = {model: {} for model in a.models}
+        require_engine(engine_kind)
+        opened = {m: open_model(m, budgets[-1], base.max_prompt_tokens, base.max_summary_tokens) for m in a.models}
+        sets = {m: {} for m in a.models}
         for model in a.models:
             for name in a.data or base.eval_data:
                 sets[model][name], report = load_questions(
-                    name, opened[model][0], a.prompt_template or base.prompt_template, base.max_prompt_tokens, a.question_field,
-                    a.answer_field, "test", base.eval_questions if a.questions < 0 else a.questions)
+                    name, opened[model][0], a.prompt_template or base.prompt_template, base.max_prompt_tokens,
+                    a.question_field, a.answer_field, "test", base.eval_questions if a.questions < 0 else a.questions)
                 if distributed.rank() == 0 and model == a.models[0]:
                     print(report)
+    longest = base.max_prompt_tokens + budgets[-1] + base.max_summary_tokens
     curves = {}
     with Verifier(base.verifier_workers) as verifier:
         for model in a.models:
-            device = distributed.start()    # again for each: a vLLM engine takes the group of processes with it when it closes
+            device = distributed.start()    # for each: a vLLM engine takes the group of processes with it when it closes
             tokenizer, protocol = opened[model]
-            engine = make_engine(a.engine or base.engine, model, device, base.max_prompt_tokens + budgets[-1] + base.max_summary_tokens,
-                                 kv_cache_gb=base.kv_cache_gb)
-            curves[model] = anytime_curve(engine, sets[model], budgets, a.samples or base.eval_samples, protocol, tokenizer, verifier,
-                                          base.eval_temperature if a.temperature < 0 else a.temperature, a.seed)
+            engine = make_engine(engine_kind, model, device, longest, kv_cache_gb=base.kv_cache_gb)
+            curves[model] = anytime_curve(engine, sets[model], budgets, samples, protocol, tokenizer, verifier, temperature,
+                                          a.seed)
             engine.close()
             if distributed.rank() == 0:
                 c = curves[model]

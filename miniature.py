@@ -64,7 +64,7 @@ def answer(start: int, operations: list[str]) -> int:
 
 def make_rows(split: str, count: int) -> list[tuple[str, str]]:
     """`count` (question, ground_truth) rows; the same ones whenever asked, and none in both splits."""
-    # The shortest questions are few (1320 with two operations): without the split by checksum, train and test would share some.
+    # The shortest questions are few (1320 with two operations): without a split by checksum, train and test share some.
     rng, rows = random.Random(f"miniature-{split}"), []
     while len(rows) < count:
         question = make_question(rng)

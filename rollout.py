@@ -12,6 +12,7 @@ request from its own seed, a function of (seed, step, question, sample): results
 nor on the number of processes.
 """
 
+import importlib.util
 import os
 import pickle
 from collections.abc import Callable, Iterable
@@ -268,10 +269,17 @@ def to_tree(rollout: Rollout, thinking_advantages: list[float], summary_advantag
     return Tree(list(rollout.question.prompt), rollout.thinking, branches, per_token, rollout.logp)
 
 
-# ---------------------------------------------------------------------------------------------- plain engine
+# ------------------------------------------------------------------------------------------------- the engines
 
 
-def make_engine(kind: str, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0):
+def require_engine(kind: str):
+    """ValueError where the engine cannot be made on this machine."""
+    if kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, or --engine plain")
+
+
+def make_engine(kind: str, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1,
+                kv_cache_gb: float = 1.0):
     """The engine by name: "plain" or "vllm". `max_length`: tokens of the longest sequence, prompt included."""
     if kind == "plain":
         return PlainEngine(model_path, device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -25,7 +25,6 @@ Departures from the paper, and from the authors' code where the two differ:
  8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at the paper's 0.6.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -44,8 +43,8 @@ from config import Config, as_json, batch_arithmetic, check, denominator, parse
 from data import load_questions, questions_of_step
 from evaluate import anytime_curve, draw_curves
 from rewards import LOUD_FAILURE_SHARE, Verifier, cumulative_returns, failure_share, mean_rewards
-from rollout import (Protocol, cuts_of, load_rollouts, make_engine, make_grader, open_model, sample_rollouts,
-                     save_rollouts, scores_of, to_tree)
+from rollout import (Protocol, cuts_of, load_rollouts, make_engine, make_grader, open_model, require_engine,
+                     sample_rollouts, save_rollouts, scores_of, to_tree)
 from tree import Tree, balance, pack
 
 NOTHING = Tree([0], [], [])     # a row without loss, for a process whose share of an update is one row shorter
@@ -173,9 +172,7 @@ def prepare(c: Config) -> Run:
     if not gpus and c.preset != "miniature":
         raise ValueError(f"--preset {c.preset} needs GPUs and none is visible: check CUDA_VISIBLE_DEVICES and the "
                          "driver, or run the miniature")
-    if c.engine == "vllm" and not vllm_is_installed():
-        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, "
-                         "or --engine plain")
+    require_engine(c.engine)
 
     out = Path(c.output_dir)
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
@@ -212,10 +209,6 @@ def prepare(c: Config) -> Run:
         print(batch_arithmetic(c, world), *(f"  {line}" for line in reports), sep="\n")
         print(f"  {steps} steps from {first_step}" + (f" (resuming {checkpoint})" if checkpoint else ""))
     return Run(out, tokenizer, protocol, questions, eval_sets, steps, checkpoint, first_step, identity)
-
-
-def vllm_is_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
 
 
 def load(c: Config, run: Run, device):

@@ -96,7 +96,8 @@ def pack(trees: list[Tree], multiple: int = 1) -> Row:
         segments += 1
         for branch in tree.branches:
             if not 0 <= branch.cut <= len(tree.thinking):
-                raise ValueError(f"a branch is cut at {branch.cut}, outside its thinking of {len(tree.thinking)} tokens")
+                raise ValueError(f"a branch is cut at {branch.cut}, outside its thinking of {len(tree.thinking)} "
+                                 "tokens")
             limit = first_thinking + branch.cut
             position = len(tree.prompt) + branch.cut
             # The first branch token is predicted from the last trunk token that it can see ...
@@ -136,10 +137,11 @@ def flex_mask(row: Row):
     """The same rule as a BlockMask for FlexAttention, which skips the blocks where nothing is visible."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # Local tensors, not `row`: the compiler lifts captured tensors into inputs and so need not compile again for every row.
+    # Local tensors, not `row`: the compiler lifts captured tensors into inputs, and need not compile for every row.
     segment, trunk, limit = row.segment, row.trunk, row.limit
     n = len(row.input_ids)
-    return create_block_mask(lambda b, h, q, k: is_visible(q, k, segment, trunk, limit), None, None, n, n, device=row.input_ids.device)
+    return create_block_mask(lambda b, h, q, k: is_visible(q, k, segment, trunk, limit), None, None, n, n,
+                             device=row.input_ids.device)
 
 
 def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024) -> Tensor:

@@ -1,5 +1,6 @@
 """The loop, run as a user runs it: its files, its errors, 1 and 2 processes, and a kill in the middle."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -153,7 +154,7 @@ def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
     (["--preset", "paper-8k"], "needs GPUs and none is visible"),
 ])
 def test_bad_input_is_refused_before_anything_is_paid_for(args, complaint, tmp_path, unbroken, monkeypatch):
-    monkeypatch.setattr(train, "vllm_is_installed", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "bad.jsonl").write_text('{"problem": "1 +1 ?", "answer": "2"}\n{"problem"\n')
     args = [str({"BAD": tmp_path / "bad.jsonl", "TAKEN": unbroken[0]}.get(a, a)) for a in args]
