@@ -1,10 +1,10 @@
 """Experiments against each other on the miniature: the same base, steps and questions within a seed.
 
-    python benchmarks/compare_experiments.py                                           the README's table (about 25 minutes on one core)
+    python benchmarks/compare_experiments.py --picture anytime_curve.png      the README's table and picture, seeds 0-4
     python benchmarks/compare_experiments.py --experiments ar-uniform grpo-decouple --seeds 0 1
 
-Trains what is not in runs/ yet, then prints accuracy at every budget, mean ± standard deviation over seeds, and how many seeds
-the first experiment wins at every budget.
+Trains what is not in runs/ yet, one run at a time, then prints accuracy at every budget, mean ± standard deviation over
+seeds, and in how many seeds the first experiment is ahead at each budget.
 """
 
 import json
@@ -17,25 +17,38 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from evaluate import draw_curves  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Arguments:
     experiments: tuple[str, ...] = ("ar-uniform", "grpo")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    picture: str = ""
+    """Draw the mean curves here, bars: standard deviation over seeds."""
 
 
 def result(experiment: str, seed: int) -> dict:
     """The eval.json of a finished run, trained now if it is not there."""
     out = ROOT / "runs" / f"miniature-{experiment}-seed{seed}"
     if not (out / "model").exists():
-        subprocess.run([sys.executable, "train.py", "--experiment", experiment, "--seed", str(seed), "--resume", "auto"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "train.py", "--experiment", experiment, "--seed", str(seed), "--resume", "auto"],
+                       cwd=ROOT, check=True)
     return json.loads((out / "eval.json").read_text())
 
 
 def row(name: str, curves: list[list[float]]) -> str:
     cells = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c) if len(c) > 1 else 0:.3f}" for c in zip(*curves)]
     return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def mean_curve(curves: list[dict]) -> dict:
+    """What draw_curves draws: the mean over seeds, with the standard deviation in place of the standard error."""
+    columns = list(zip(*(c["accuracy"] for c in curves)))
+    return {"budgets": curves[0]["budgets"], "accuracy": [statistics.mean(c) for c in columns],
+            "anytime_accuracy": statistics.mean(c["anytime_accuracy"] for c in curves),
+            "sets": {"": {"stderr": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]}}}
 
 
 def main(a: Arguments):
@@ -48,6 +61,8 @@ def main(a: Arguments):
     before = [r["before"] for r in results[a.experiments[0]]]
     for name, rs in (("before", before), *results.items()):
         print(row(name, [[*r["accuracy"], r["anytime_accuracy"]] for r in rs]))
+    if a.picture:
+        draw_curves({"before": mean_curve(before), **{e: mean_curve(rs) for e, rs in results.items()}}, Path(a.picture))
     first = results[a.experiments[0]]
     print(f"\nrise of anytime accuracy, {a.experiments[0]}, per seed: "
           + " ".join(f"{r['anytime_accuracy'] - b['anytime_accuracy']:.3f}" for r, b in zip(first, before)))

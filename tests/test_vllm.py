@@ -274,13 +274,18 @@ def test_evaluate_opens_one_engine_after_another(trained_model_path, tiny_model_
 
 @pytest.mark.skipif(os.environ.get("RUN_SLOW") != "1", reason="minutes long: RUN_SLOW=1 pytest tests/test_vllm.py -k miniature")
 def test_the_miniature_reaches_the_same_with_both_engines(tmp_path):
-    """The engines draw different samples, so the runs differ; what they reach must not, beyond the noise of runs."""
+    """The engines draw different samples, so the runs differ; what they reach must not, beyond the noise of runs.
+
+    Compared by the mean reward of the last 20 steps, 2560 thinkings: a single evaluation moves by more from step to step.
+    """
     reached = {}
     for engine, processes in (("plain", 1), ("vllm", 1), ("vllm", 2)):
         out = tmp_path / f"{engine}-{processes}"
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}",
-                        ROOT / "train.py", "--engine", engine, "--output-dir", out], check=True, cwd=ROOT)
-        reached[out.name] = json.loads((out / "eval.json").read_text())
-    for result in reached.values():
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                        f"--master_port={free_port()}", ROOT / "train.py", "--engine", engine, "--output-dir", out],
+                       check=True, cwd=ROOT)
+        rewards = [json.loads(line)["anytime_reward"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        reached[out.name] = sum(rewards[-20:]) / 20
+        result = json.loads((out / "eval.json").read_text())
         assert result["anytime_accuracy"] > result["before"]["anytime_accuracy"] + 0.25
-        assert abs(result["anytime_accuracy"] - reached["plain-1"]["anytime_accuracy"]) < 0.06
+    assert max(reached.values()) - min(reached.values()) < 0.05, reached
