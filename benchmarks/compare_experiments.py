@@ -51,6 +51,14 @@ def mean_curve(curves: list[dict]) -> dict:
             "sets": {"": {"stderr": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]}}}
 
 
+def residuals(experiment: str, seeds: tuple[int, ...], key: str, steps: int = 20) -> str:
+    """Var[R-V]/Var[R] per segment, mean over the first steps of all seeds (where it exists)."""
+    lines = [json.loads(line) for seed in seeds for line in
+             (ROOT / "runs" / f"miniature-{experiment}-seed{seed}" / "metrics.jsonl").read_text().splitlines()[:steps]]
+    columns = [[x for x in column if x is not None] for column in zip(*(line[key] for line in lines))]
+    return " ".join(f"{statistics.mean(c):.2f}" if c else "-" for c in columns)
+
+
 def main(a: Arguments):
     results = {e: [] for e in a.experiments}
     for seed in a.seeds:                # seed by seed, so that an interrupted comparison is still a fair one
@@ -66,6 +74,10 @@ def main(a: Arguments):
     first = results[a.experiments[0]]
     print(f"\nrise of anytime accuracy, {a.experiments[0]}, per seed: "
           + " ".join(f"{r['anytime_accuracy'] - b['anytime_accuracy']:.3f}" for r, b in zip(first, before)))
+    print(f"\nVar[R-V]/Var[R] per segment, {a.experiments[0]}, mean of the first 20 steps")
+    for key in ("variance", "variance_trained"):
+        for v in ("brpo", "group", "progress"):
+            print(f"{key:17} {v:9} {residuals(a.experiments[0], a.seeds, f'{key}/residual/{v}')}")
     for e in a.experiments[1:]:
         wins = [sum(x["accuracy"][j] > y["accuracy"][j] for x, y in zip(first, results[e])) for j in range(len(budgets))]
         print(f"seeds of {len(a.seeds)} in which {a.experiments[0]} is above {e}, per budget: {wins}")
