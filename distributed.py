@@ -53,8 +53,8 @@ def exit_on_bad_input():
 def start() -> torch.device:
     """Join the other processes (torchrun's variables, or a world of one) and pick this process's device.
 
-    Must run before a vLLM engine is built: the engine joins the group that exists. And again after one is closed, if anything
-    collective is to follow: vLLM ends the group with itself. Calling it twice does no harm.
+    Must run before a vLLM engine is built: the engine joins the group that exists. And again after one is closed, if
+    anything collective is to follow: vLLM ends the group with itself. Calling it twice does no harm.
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -71,8 +71,8 @@ def start() -> torch.device:
         store, _, _ = next(dist.rendezvous("env://"))
         # A corner of the store for each time: torchrun's still holds the addresses of a group that has ended.
         place = dist.PrefixStore(f"start-{store.add(f'starts-{rank()}', 1)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=place, rank=rank(), world_size=world_size(),
-                                timeout=timedelta(hours=2))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=place, rank=rank(),
+                                world_size=world_size(), timeout=timedelta(hours=2))
     return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
 
 

@@ -27,7 +27,8 @@ EVALUATION = 2**31      # stands where a training step's number would in random 
 
 
 def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, ...], samples: int, protocol: Protocol,
-                  tokenizer, verifier: Verifier, temperature: float = 0.6, seed: int = 0, tensor_parallel_size: int = 1) -> dict:
+                  tokenizer, verifier: Verifier, temperature: float = 0.6, seed: int = 0,
+                  tensor_parallel_size: int = 1) -> dict:
     """Accuracy at every budget, on every set; the same dict on all processes, which share out the questions.
 
     accuracy_j = mean over questions and samples of r(x, y_j), one summary per cut; over several sets, the mean of their

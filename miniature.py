@@ -8,8 +8,8 @@ tree packing, loss, loop) is what the 1.5B run uses; only the sizes differ.
     thinking    =2 +2 =4 *7 =8 -3 =5</think>                terse: 2K + 2 tokens for K operations
     summary    **Final Answer** \\boxed{5}
 
-A supervised trace is sloppy: a result is wrong now and then, and after a step it may check the last result again (repairing
-it) or ramble. So there is something to gain at every budget: drop the rambling (small budgets), keep what
+A supervised trace is sloppy: a result is wrong now and then, and after a step it may check the last result again
+(repairing it) or ramble. So there is something to gain at every budget: drop the rambling (small budgets), keep what
 repairs errors (large ones). `_write_base` runs on one CPU thread, so that its weights depend only on the seed.
 """
 
@@ -108,8 +108,8 @@ def supervised_example(rng: random.Random) -> tuple[list[str], list[str]]:
 def make_tokenizer():
     """A word-level tokenizer over VOCABULARY with a chat template, in the layout AutoTokenizer loads.
 
-    Every word is an *added* token, over an empty BPE: AutoTokenizer reads a Qwen2 directory with its own Qwen2 class, which
-    replaces whatever splits the text, but all classes match added tokens first and whole.
+    Every word is an *added* token, over an empty BPE: AutoTokenizer reads a Qwen2 directory with its own Qwen2 class,
+    which replaces whatever splits the text, but all classes match added tokens first and whole.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast

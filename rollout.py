@@ -7,9 +7,9 @@ ask for its A summaries there, while it thinks on. An engine is anything with
     has_work()        is anything queued or running?          sync_weights(weights, version), version, close()
 
 PlainEngine (transformers; any machine) finishes everything queued within one step(); VllmEngine (one in-process vLLM
-per process) samples one token per step(), so its summaries really run beside the thinkings. Both sample a
-request from its own seed, a function of (seed, step, question, sample): results depend neither on what else is in the batch
-nor on the number of processes.
+per process) samples one token per step(), so its summaries really run beside the thinkings. Both sample a request from
+its own seed, a function of (seed, step, question, sample): results depend neither on what else is in the batch nor on
+the number of processes.
 """
 
 import importlib.util
@@ -76,9 +76,11 @@ def open_model(model: str, max_budget: int, max_prompt_tokens: int, max_summary_
     else:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
         try:
-            tokenizer, context = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model).max_position_embeddings
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            context = AutoConfig.from_pretrained(model).max_position_embeddings
         except (OSError, ValueError) as e:
-            raise ValueError(f"--model {model}: no model directory or hub name that can be read ({str(e).splitlines()[0][:160]})") from e
+            reason = str(e).splitlines()[0][:160]
+            raise ValueError(f"--model {model}: no model directory or hub name that can be read ({reason})") from e
         try:
             eos = GenerationConfig.from_pretrained(model).eos_token_id
         except OSError:     # a model need not ship one
@@ -86,8 +88,8 @@ def open_model(model: str, max_budget: int, max_prompt_tokens: int, max_summary_
     eos = [eos] if isinstance(eos, int) else eos or []
     needed = max_prompt_tokens + max_budget + max_summary_tokens
     if needed > context:
-        raise ValueError(f"prompt {max_prompt_tokens} + largest budget {max_budget} + summary {max_summary_tokens} = {needed} tokens, but {model} "
-                         f"has a context of {context}: lower the budgets or max_prompt_tokens")
+        raise ValueError(f"prompt {max_prompt_tokens} + largest budget {max_budget} + summary {max_summary_tokens} = "
+                         f"{needed} tokens, but {model} has a context of {context}: lower the budgets or max_prompt_tokens")
     return tokenizer, Protocol.of(tokenizer, max_summary_tokens, eos)
 
 
@@ -144,8 +146,8 @@ def request_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: int, num_summaries: int, protocol: Protocol,
-                    temperature: float, seed: tuple[int, ...], grade: Callable | None = None,
+def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: int, num_summaries: int,
+                    protocol: Protocol, temperature: float, seed: tuple[int, ...], grade: Callable | None = None,
                     streaming: bool = True) -> list[Rollout]:
     """Sample G thinkings per question and A summaries at each of the M cuts of each thinking.
 
@@ -236,7 +238,8 @@ def scores_of(rollouts: list[Rollout], num_rollouts: int, num_budgets: int, num_
 
 def cuts_of(rollouts: list[Rollout], num_rollouts: int, budgets: tuple[int, ...]) -> torch.Tensor:
     """The cut of every budget, [B, G, M], int64."""
-    return torch.tensor([cut_lengths(len(r.thinking), budgets) for r in rollouts]).reshape(-1, num_rollouts, len(budgets))
+    cuts = [cut_lengths(len(r.thinking), budgets) for r in rollouts]
+    return torch.tensor(cuts).reshape(-1, num_rollouts, len(budgets))
 
 
 def save_rollouts(path: Path, identity: dict, rollouts: list[Rollout]):
@@ -248,20 +251,20 @@ def save_rollouts(path: Path, identity: dict, rollouts: list[Rollout]):
 
 
 def load_rollouts(path: Path, identity: dict) -> list[Rollout] | None:
-    """The rollouts that an interrupted run of the same identity kept at `path`, or None. Only read files of your own runs:
-    unpickling executes what it reads."""
+    """The rollouts that an interrupted run of the same identity kept at `path`, or None. Only read files of your own
+    runs: unpickling executes what it reads."""
     if not path.exists():
         return None
     saved_by, rollouts = pickle.loads(path.read_bytes())
     return rollouts if saved_by == identity else None
 
 
-def to_tree(rollout: Rollout, thinking_advantages: list[float], summary_advantages: list[list[float]], budgets: tuple[int, ...],
-            last_only: bool = False) -> Tree:
+def to_tree(rollout: Rollout, thinking_advantages: list[float], summary_advantages: list[list[float]],
+            budgets: tuple[int, ...], last_only: bool = False) -> Tree:
     """One rollout as a training tree: A_j on the thinking tokens of segment j, one advantage on each summary.
 
-    thinking_advantages [M], summary_advantages [M][A]. last_only trains the last budget's summaries alone (GRPO); the others
-    are left out of the tree altogether, since nothing attends to them.
+    thinking_advantages [M], summary_advantages [M][A]. last_only trains the last budget's summaries alone (GRPO); the
+    others are left out of the tree altogether, since nothing attends to them.
     """
     branches = [Branch(s.cut, s.appended, s.tokens, summary_advantages[s.budget_index][s.draw], s.logp)
                 for s in rollout.summaries if s.tokens and (s.budget_index == len(budgets) - 1 or not last_only)]
@@ -275,7 +278,8 @@ def to_tree(rollout: Rollout, thinking_advantages: list[float], summary_advantag
 def require_engine(kind: str):
     """ValueError where the engine cannot be made on this machine."""
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, or --engine plain")
+        raise ValueError("--engine vllm, but vLLM is not installed: pip install -r requirements-gpu.txt, or take "
+                         "--engine plain")
 
 
 def make_engine(kind: str, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1,
@@ -291,7 +295,8 @@ def make_engine(kind: str, model_path: str, device: torch.device, max_length: in
 class PlainEngine:
     """Batched sampling with a KV cache, in transformers alone. Its own copy of the model, in `dtype` on `device`."""
 
-    def __init__(self, model_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, max_batch: int = 1024):
+    def __init__(self, model_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                 max_batch: int = 1024):
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="sdpa")
@@ -329,7 +334,7 @@ class PlainEngine:
         cache.batch_select_indices(owner)
         logits, seen, position = out.logits[owner, -1], seen[owner], position[owner, -1:]
 
-        # One uniform number per token, drawn ahead from the request's own seed: what else is in the batch cannot matter.
+        # One uniform number per token, drawn ahead from the request's own seed: the rest of the batch cannot matter.
         longest = max(r.max_tokens for r in batch)
         uniform = torch.stack([torch.rand(longest, dtype=torch.float64, generator=torch.Generator().manual_seed(r.seed))
                                for r in batch]).to(self.device)
@@ -399,34 +404,35 @@ def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, uniform: torc
 class VllmEngine:
     """One vLLM engine inside each process, stepped by hand through its public calls.
 
-    In-process, so that `sync_weights` hands it the trainer's tensors directly, and so that a summary can be asked for between
-    two tokens of its thinking: it then finds its prompt in the prefix cache. With tensor parallelism, the processes of a
-    group submit the same requests in the same order and stay in step by that alone.
+    In-process, so that `sync_weights` hands it the trainer's tensors directly, and so that a summary can be asked for
+    between two tokens of its thinking: it then finds its prompt in the prefix cache. With tensor parallelism, the
+    processes of a group submit the same requests in the same order and stay in step by that alone.
     """
 
-    def __init__(self, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0,
-                 slots: int = 512):
-        """`slots`: requests that run at a time; vLLM's own default for an engine driven like this is that of a small server, 128."""
+    def __init__(self, model_path: str, device: torch.device, max_length: int, tensor_parallel_size: int = 1,
+                 kv_cache_gb: float = 1.0, slots: int = 512):
+        """`slots`: requests that run at a time; vLLM's own default for an engine driven like this is a server's, 128."""
         if not torch.distributed.is_initialized():
             # vLLM would make a group of its own, of one process, and everybody would sample on the first GPU.
             raise RuntimeError("VllmEngine joins the processes that exist: call distributed.start() before building it")
         on_gpu = device.type == "cuda"
-        # Before vLLM is imported, which is heavy and optional: hence all of this here and not on top. Its background process would
-        # sample out of our reach (and vLLM refuses it under torchrun). What it warns of on CPUs is speed.
+        # Before vLLM is imported, which is heavy and optional: hence all of this here and not on top. Its background
+        # process would sample out of our reach (and vLLM refuses it under torchrun). What it warns of on CPUs is speed.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
         from transformers import AutoConfig, AutoModelForCausalLM
         from vllm import EngineArgs, LLMEngine
 
-        # On CPUs: sequences are too short to share blocks of the default 128 tokens, or to pay for compilation; and a prompt that
-        # is split over two steps crashes when its request has a seed ("CPU Generator does not use offset").
+        # On CPUs: sequences are too short to share blocks of the default 128 tokens, or to pay for compilation; and a
+        # prompt that is split over two steps crashes when its request has a seed ("CPU Generator does not use offset").
         on_cpu = {} if on_gpu else {"block_size": 32, "enforce_eager": True, "enable_chunked_prefill": False}
         self.engine = LLMEngine.from_engine_args(EngineArgs(
-            model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True, use_tqdm_on_load=False,
+            model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True,
+            use_tqdm_on_load=False,
             max_model_len=max_length, max_num_seqs=slots, max_num_batched_tokens=max(8192, max_length),
             # external_launcher: torchrun started the processes, vLLM joins them instead of starting workers.
             tensor_parallel_size=tensor_parallel_size, distributed_executor_backend="external_launcher",
-            # A fixed cache leaves the rest of the memory to training. The share below is only vLLM's check at the start.
+            # A fixed cache leaves the rest of the memory to training. The share is only vLLM's check at the start.
             kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.5,
             # processed: log π at the sampling temperature, what the trainer's ratio needs; raw would be at T = 1.
             logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
@@ -454,18 +460,20 @@ class VllmEngine:
         return self.engine.has_unfinished_requests()
 
     def step(self) -> list[Output]:
-        """One token for every running request. On GPUs vLLM runs a step ahead, so that a call may come back with nothing yet."""
+        """One token for every running request. On GPUs vLLM runs a step ahead: a call may come back with nothing yet."""
         outputs = []
         for out in self.engine.step():
             (completion,) = out.outputs
-            outputs.append(Output(out.request_id, list(completion.token_ids), list(completion.logprobs.logprobs), out.finished))
+            logp = list(completion.logprobs.logprobs)
+            outputs.append(Output(out.request_id, list(completion.token_ids), logp, out.finished))
         return outputs
 
     def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
-        """Reload all weights from the trainer's full tensors, in one call: vLLM finishes each layer (fusing, packing) when its last
-        tensor has come, so calls with a part of them would leave layers half done, without an error."""
+        """Reload all weights from the trainer's full tensors, in one call: vLLM finishes each layer (fusing, packing) when
+        its last tensor has come, so calls with a part of them would leave layers half done, without an error."""
         if self.has_work():
-            raise RuntimeError("sync_weights while requests run: their next tokens would mix two policies. Step until has_work() is False")
+            raise RuntimeError("sync_weights while requests run: their next tokens would mix two policies. Step until "
+                               "has_work() is False")
         self.engine.step()      # what vLLM had scheduled ahead on a GPU, for requests that are over by now
         missing = set(self.names)
 

@@ -324,8 +324,9 @@ def log(c: Config, run: Run, bar, verifier, step, rollouts, rewards, returns, st
     bar.update()
     m = metrics
     tqdm.write(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
-               f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  "
-               f"clip {m['clip_share']:.3f}  gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s")
+               f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
+               f"loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  clip {m['clip_share']:.3f}  "
+               f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s")
     if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:
         tqdm.write(f"WARNING step {step}: {share:.1%} of the gradings failed and scored 0, biasing rewards: {grades}")
 

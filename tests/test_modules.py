@@ -67,7 +67,8 @@ def test_every_metric_is_in_the_readmes_glossary():
     assert written <= explained, written - explained
 
 
-def test_no_line_is_unreadably_long():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+def test_no_line_of_a_module_is_unreadably_long():
+    for path in ROOT.glob("*.py"):
+        limit = 150 if path.stem == "rewards" else 125      # its rules are regular expressions, which do not fold
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= 150, f"{path.name}:{number} has {len(line)} characters"
+            assert len(line) <= limit, f"{path.name}:{number} has {len(line)} characters"
