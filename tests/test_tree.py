@@ -1,6 +1,7 @@
 """One packed row must be the same computation as its sequences, one by one."""
 
 import random
+import shutil
 
 import pytest
 import torch
@@ -128,6 +129,15 @@ def test_flex_mask_is_the_same_rule():
     assert n % 128 == 0
     flex = create_mask(lambda b, h, q, k: is_visible(q, k, row.segment, row.trunk, row.limit), None, None, n, n, device="cpu")
     assert torch.equal(flex, dense_mask(row))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles, on a CPU with g++")
+def test_flex_attention_gives_the_same_logprobs(model, tiny_model_path):
+    """The whole path of a GPU run, BlockMask through transformers, forward only: its backward exists on GPUs alone."""
+    row = pack([random_tree(random.Random(seed)) for seed in range(3)], multiple=128)
+    flex = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation="flex_attention").eval()
+    with torch.no_grad():
+        assert (token_logprobs(flex, row) - token_logprobs(model, row)).abs().max() < 1e-4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
