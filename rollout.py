@@ -17,6 +17,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +218,13 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
 
     The format rule reads text, not ids: a policy may also spell </think> in smaller tokens.
     """
-    def decode(ids):
+    @lru_cache(maxsize=256)     # the A summaries of a cut share its thinking, which can be long
+    def decode(ids: tuple[int, ...]) -> str:
         return tokenizer.decode([i for i in ids if i not in protocol.eos], skip_special_tokens=False)
 
     def grade(rollout: Rollout, summary: Summary):
-        thinking = decode(rollout.thinking[:summary.cut])
-        appended, answer = decode(summary.appended), decode(summary.tokens)
+        thinking = decode(tuple(rollout.thinking[:summary.cut]))
+        appended, answer = decode(tuple(summary.appended)), decode(tuple(summary.tokens))
         if not has_one_think_end(thinking, appended, answer, THINK_END):
             return None     # score stays 0
         return verifier.submit(appended + answer, rollout.question.ground_truth)
