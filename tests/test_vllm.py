@@ -196,6 +196,31 @@ def test_its_logprobs_are_the_trainers_over_packed_trees(engine, saved, protocol
     assert wrong.max() > 0.1                    # the temperature matters to what is compared
 
 
+def test_its_draws_follow_the_policys_probabilities(engine, saved):
+    """Right log-probs of wrongly drawn tokens would pass the test above. Given each context, the drawn token's log-prob has a known mean and
+    variance under the trainer, and so has the count of every token: the sums of the deviations are standard normal."""
+    trainer, length, temperature = policy_after(saved, 0), 24, 0.8
+    give(engine, trainer)
+    requests = [Request(str(i), prompt(i % 20), length, (), request_seed(5, i), temperature) for i in range(400)]
+    tokens, _ = finish(engine, requests)
+    drawn = torch.tensor([tokens[r.id] for r in requests])                                          # [N, T]
+    with torch.no_grad():
+        ids = torch.cat([torch.tensor([r.prompt for r in requests]), drawn], dim=1)
+        logits = trainer(ids).logits[:, -length - 1:-1].double()                                    # [N, T, V]
+
+    def deviations(temperature):
+        logp = (logits / temperature).log_softmax(-1)
+        p = logp.exp()
+        mean = (p * logp).sum(-1)
+        of_logp = (logp.gather(-1, drawn[..., None])[..., 0] - mean).sum() / ((p * logp**2).sum(-1) - mean**2).sum().sqrt()
+        counts = torch.bincount(drawn.flatten(), minlength=logits.shape[-1])
+        return of_logp, (counts - p.sum((0, 1))) / (p * (1 - p)).sum((0, 1)).sqrt()                 # [], [V]
+
+    of_logp, of_tokens = deviations(temperature)
+    assert of_logp.abs() < 3 and of_tokens.abs().max() < 4
+    assert deviations(1.1 * temperature)[0] > 5             # a policy a tenth flatter would be told apart
+
+
 def test_streaming_changes_when_not_what(engine, saved, protocol):
     give(engine, policy_after(saved, 0))
     streamed, waited = sample(engine, protocol, streaming=True), sample(engine, protocol, streaming=False)
