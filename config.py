@@ -144,7 +144,7 @@ PAPER_8K = dict(
     questions_per_step=64, updates_per_step=2, steps=0, epochs=1, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01,
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", train_data="deepscaler",
     eval_data=("aime2024", "amc2022", "math500", "minerva", "olympiadbench"),
-    prompt_template="{question} Let's think step by step and output the final answer within \\boxed{{}}.",
+    prompt_template="{question} Let's think step by step and output the final answer within \\boxed{}.",
     max_prompt_tokens=1024, engine="vllm", max_tokens_per_row=32768, kv_cache_gb=24.0, save_every=40, eval_every=40,
     eval_budgets=tuple(range(250, 8001, 250)), eval_samples=4, eval_temperature=0.6,
     eval_questions=0, verifier_workers=4)
@@ -231,8 +231,6 @@ def check(config: Config, world_size: int = 1) -> None:
     if c.max_response_length < budgets[-1]:
         raise ValueError(f"--max-response-length {c.max_response_length} is below the largest budget {budgets[-1]}: "
                          "raise it")
-    if c.train_data != "miniature" and "{question}" not in c.prompt_template:
-        raise ValueError("--prompt-template has no {question} in it")
 
 
 def flag(name: str) -> str:

@@ -117,9 +117,12 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
 
     Returns the questions and how many were dropped. An R1-style chat template opens the thinking itself (`<think>`).
     """
+    if "{question}" not in template:
+        raise ValueError(f"--prompt-template {template!r} has no {{question}} in it: all prompts would be the same")
     questions, dropped = [], 0
     for text, gold in rows:
-        message = [{"role": "user", "content": template.format(question=text)}]
+        # Not str.format: questions and templates are full of braces of their own.
+        message = [{"role": "user", "content": template.replace("{question}", text)}]
         rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         prompt = tuple(tokenizer.encode(rendered, add_special_tokens=False))
         if len(prompt) <= max_prompt_tokens:

@@ -69,7 +69,11 @@ def test_prompts_follow_template_and_chat_template_and_overlong_ones_are_counted
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     questions, dropped = make_questions([("1 +1 ?", "2"), ("1 +1 +2 +3 ?", "7"), ("2 +2 ?", "4")], tokenizer, "{question}", 4)
     assert dropped == 1 and [q.index for q in questions] == [0, 1]
+    boxed, _ = make_questions([("{1} ?", "2")], tokenizer, "{question} \\boxed{}", 99)      # braces are left alone
+    assert "\\boxed{" in tokenizer.decode(boxed[0].prompt)
     assert tokenizer.decode(questions[1].prompt) == "2 +2 ?<think>" and questions[1].ground_truth == "4"
+    with pytest.raises(ValueError, match="has no {question}"):
+        make_questions([("1 +1 ?", "2")], tokenizer, "{q} ?", 9)
     with pytest.raises(ValueError, match="max_prompt_tokens = 2"):
         make_questions([("1 +1 ?", "2")], tokenizer, "{question}", 2)
 
