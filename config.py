@@ -134,6 +134,11 @@ class Config:
         return BudgetPrior(made.budgets, self.probs) if self.probs else made
 
     @property
+    def largest_budget(self) -> int:
+        """The longest thinking of the run, in training or evaluation."""
+        return max(self.budget_prior.budgets[-1], self.eval_budgets[-1])
+
+    @property
     def summary_weight(self) -> float:
         """What a summary token weighs in the loss, a thinking token being 1."""
         return 1.0 if self.summary_loss == "sum" else 1.0 / (len(self.budget_prior.budgets) * self.num_summaries)

@@ -85,12 +85,20 @@ def barrier():
     dist.barrier()
 
 
-def gather(items: list) -> list:
-    """Every process's list, joined in rank order, on every process. Objects travel pickled, over the CPU group."""
+def share(items: list, group_size: int = 1) -> list:
+    """This process's part of `items`. The `group_size` processes of a group (one tensor-parallel engine) get the same."""
+    return items[rank() // group_size::world_size() // group_size]
+
+
+def gather(items: list, group_size: int = 1) -> list:
+    """Every process's list, joined in rank order, on every process; of a group, which holds the same, the first one's.
+
+    Objects travel pickled, over the CPU group.
+    """
     if world_size() == 1:
         return items
     parts = [None] * world_size()
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items if rank() % group_size == 0 else [])
     return [item for part in parts for item in part]
 
 
@@ -164,7 +172,7 @@ def fresh(path: Path) -> Path:
 
 
 def replace(partial: Path, path: Path):
-    """Give a completely written directory its final name; a kill at any moment leaves the old or the new one."""
+    """Give a completely written directory its final name; a kill leaves the old one (perhaps as *.old) or the new."""
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

@@ -34,13 +34,12 @@ def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, .
     accuracy_j = mean over questions and samples of r(x, y_j), one summary per cut; over several sets, the mean of their
     means (the paper's average). stderr_j is over questions (samples of one question are not independent).
     """
-    sampler, samplers = distributed.rank() // tensor_parallel_size, distributed.world_size() // tensor_parallel_size
     grade = make_grader(verifier, tokenizer, protocol)
     curves = {}
     for number, (name, questions) in enumerate(sets.items()):
-        mine = sample_rollouts(engine, questions[sampler::samplers], budgets, samples, 1, protocol, temperature,
-                               (seed, EVALUATION, number), grade)
-        rollouts = distributed.gather(mine if distributed.rank() % tensor_parallel_size == 0 else [])
+        mine = sample_rollouts(engine, distributed.share(questions, tensor_parallel_size), budgets, samples, 1, protocol,
+                               temperature, (seed, EVALUATION, number), grade)
+        rollouts = distributed.gather(mine, tensor_parallel_size)
         scores = scores_of(rollouts, samples, len(budgets), 1)[..., 0].double().mean(1)                   # [B, M]
         accuracy = scores.mean(0)
         spread = scores.std(0, correction=1) if len(scores) > 1 else torch.zeros(len(budgets))

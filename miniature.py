@@ -123,6 +123,16 @@ def make_tokenizer():
     return tokenizer
 
 
+def make_model(**changes):
+    """The tiny Qwen2 with weights freshly drawn from torch's generator; `changes` override entries of MODEL."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(VOCABULARY), pad_token_id=VOCABULARY.index(PAD), eos_token_id=VOCABULARY.index(EOS),
+        bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        attn_implementation="sdpa", **(MODEL | changes)))
+
+
 def base_path(root: Path, seed: int) -> Path:
     """Where the base of this seed is cached: the name carries a checksum of every setting that shapes it."""
     settings = [VOCABULARY, OPERATIONS, MIN_OPERATIONS, MAX_OPERATIONS, ERROR_RATE, RAMBLE_RATE, CHECK_SHARE, MODEL,
@@ -143,16 +153,13 @@ def load_or_write_base(root: Path, seed: int) -> Path:
 def _write_base(path: Path, seed: int):
     """Train the base by supervised imitation and save it."""
     from tqdm import trange
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     w, tokenizer, rng = WARM_START, make_tokenizer(), random.Random(f"warm-start-{seed}")
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(VOCABULARY), pad_token_id=ids[PAD], eos_token_id=ids[EOS], bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA}, attn_implementation="sdpa", **MODEL))
+    model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=w["lr"], betas=w["betas"], weight_decay=0.0)
     bar = trange(w["steps"], desc="warm start", mininterval=1.0)
     for step in bar:

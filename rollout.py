@@ -218,13 +218,15 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
 
     The format rule reads text, not ids: a policy may also spell </think> in smaller tokens.
     """
-    @lru_cache(maxsize=256)     # the A summaries of a cut share its thinking, which can be long
-    def decode(ids: tuple[int, ...]) -> str:
+    def decode(ids) -> str:
         return tokenizer.decode([i for i in ids if i not in protocol.eos], skip_special_tokens=False)
 
+    # The A summaries of a cut share its thinking, which can be long; answers are short, and would only push it out.
+    decode_thinking = lru_cache(maxsize=256)(decode)
+
     def grade(rollout: Rollout, summary: Summary):
-        thinking = decode(tuple(rollout.thinking[:summary.cut]))
-        appended, answer = decode(tuple(summary.appended)), decode(tuple(summary.tokens))
+        thinking = decode_thinking(tuple(rollout.thinking[:summary.cut]))
+        appended, answer = decode(summary.appended), decode(summary.tokens)
         if not has_one_think_end(thinking, appended, answer, THINK_END):
             return None     # score stays 0
         return verifier.submit(appended + answer, rollout.question.ground_truth)

@@ -58,7 +58,6 @@ def train(c: Config):
     engine, model, optimizer = load(c, run, device)
     prior, rank, world = c.budget_prior, distributed.rank(), distributed.world_size()
     budgets, probs = torch.tensor(prior.budgets), torch.tensor(prior.probs)
-    sampler, samplers = rank // c.tensor_parallel_size, world // c.tensor_parallel_size
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
     verifier = Verifier(c.verifier_workers)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
@@ -84,10 +83,11 @@ def train(c: Config):
             kept = run.dir / "rollouts" / f"step-{step:08d}.pkl"
             rollouts = load_rollouts(kept, run.identity)        # an interrupted run may have sampled this step already
             if rollouts is None:
-                rollouts = sample_rollouts(engine, questions[sampler::samplers], prior.budgets, G, A, run.protocol,
-                                           c.temperature, (c.seed, step), grade)
+                mine = distributed.share(questions, c.tensor_parallel_size)
+                rollouts = sample_rollouts(engine, mine, prior.budgets, G, A, run.protocol, c.temperature,
+                                           (c.seed, step), grade)
                 # From here on every process holds the whole batch and computes the same advantages and metrics.
-                rollouts = distributed.gather(rollouts if rank % c.tensor_parallel_size == 0 else [])
+                rollouts = distributed.gather(rollouts, c.tensor_parallel_size)
                 place = {q.index: i for i, q in enumerate(questions)}
                 rollouts.sort(key=lambda r: (place[r.question.index], r.sample))
                 if rank == 0:
@@ -192,8 +192,7 @@ def prepare(c: Config) -> Run:
         checkpoint = Path(c.resume)
     first_step = distributed.check_checkpoint(checkpoint, identity) if checkpoint else 0
 
-    largest = max(c.budget_prior.budgets[-1], c.eval_budgets[-1])
-    tokenizer, protocol = open_model(c.model, largest, c.max_prompt_tokens, c.max_summary_tokens)
+    tokenizer, protocol = open_model(c.model, c.largest_budget, c.max_prompt_tokens, c.max_summary_tokens)
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
     questions, report = load_questions(c.train_data, *how)
     reports, eval_sets = [report], {}
@@ -231,7 +230,7 @@ def load(c: Config, run: Run, device):
     run.history = [json.loads(line) for line in (run.dir / "evals.jsonl").read_text().splitlines()]
 
     path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
-    longest = c.max_prompt_tokens + max(c.budget_prior.budgets[-1], c.eval_budgets[-1]) + c.max_summary_tokens
+    longest = c.max_prompt_tokens + c.largest_budget + c.max_summary_tokens
     if device.type == "cpu":
         # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine. Before the engine:
         # once vLLM runs on a CPU, it turns this call into one that does nothing.

@@ -23,7 +23,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
-from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import distributed  # noqa: E402
 import miniature  # noqa: E402
@@ -61,9 +60,7 @@ class Imposed:
 def write_model(path: Path, context: int):
     """The miniature's architecture with random weights and a longer context."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(miniature.VOCABULARY), rope_parameters={"rope_type": "default", "rope_theta": miniature.ROPE_THETA},
-                         **(miniature.MODEL | {"max_position_embeddings": context}))
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    miniature.make_model(max_position_embeddings=context).save_pretrained(path)
 
 
 def compare(engine, questions, budgets, rollouts, summaries, protocol, lengths, repeats):

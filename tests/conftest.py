@@ -21,14 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test may reach for the 
 def tiny_model_path(tmp_path_factory) -> Path:
     """The miniature's architecture and tokenizer with random weights: enough wherever learning is not the point."""
     import miniature
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
-    ids = {token: i for i, token in enumerate(miniature.VOCABULARY)}
-    config = Qwen2Config(vocab_size=len(ids), pad_token_id=ids[miniature.PAD], eos_token_id=ids[miniature.EOS], bos_token_id=None,
-                         rope_parameters={"rope_type": "default", "rope_theta": miniature.ROPE_THETA}, **miniature.MODEL)
-    model = Qwen2ForCausalLM(config)
+    model = miniature.make_model()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))       # away from the near-uniform start, where mistakes hide
