@@ -299,7 +299,7 @@ def test_the_parents_main_module_is_not_imported_again(tmp_path):
     assert result.returncode == 0, result.stderr
     restart, with_torch, count = map(float, result.stdout.split())
     assert (tmp_path / "imported").read_text() == "x" and with_torch == 0 and count >= 3
-    assert restart < 1.5, "a restart takes about 0.2 s on a free core"
+    assert restart < 4, "a restart takes about 0.2 s on a free core; machines are shared"
 
 
 def test_two_ranks_under_torchrun(tmp_path):
