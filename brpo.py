@@ -1,36 +1,42 @@
 """How much better than expected was each segment, and which way should the policy move?
 
-Budget Relative Policy Optimization, equation by equation, in plain tensors (arXiv 2505.13438; section numbers
-below are those of the method's description in the README's table). Nothing here knows about processes,
-models, files or text, and the file works when copied alone into an empty folder.
+Budget Relative Policy Optimization (arXiv 2505.13438), equation by equation, in plain tensors.
+Nothing here knows about processes, models, files or text, and the file works when copied alone into
+an empty folder.
 
 Shapes    B questions, G rollouts per question, M budgets, A summaries per budget, T tokens
-    scores    [B, G, M, A]   0/1 verdicts                          rewards.py
-    rewards   [B, G, M]      r_j = mean of the A scores            rewards.py
-    returns   [B, G, M]      R_j = Σ_{k≥j} P_k r_k                 rewards.py
-    budgets   [M]            b_1 < ... < b_M, in thinking tokens   budgets.py
-    probs     [M]            P_1..P_M                              budgets.py
+    scores    [B, G, M, A]   0/1 verdicts
+    rewards   [B, G, M]      r_j = mean of the A scores
+    returns   [B, G, M]      R_j = Σ_{k≥j} P_k r_k
+    budgets   [M]            b_1 < ... < b_M in thinking tokens, b_0 = 0; any sequence or tensor
+    probs     [M]            P_1..P_M, the prior over budgets;            any sequence or tensor
+
+Segment j holds the thinking tokens b_{j-1} < t ≤ b_j.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 BASELINES = ("brpo", "progress", "group", "none")
+Numbers = Sequence[float] | Tensor
 
 
-def progress_baseline(rewards: Tensor, probs: Tensor, decay: float = 0.5) -> Tensor:
+def progress_baseline(rewards: Tensor, probs: Numbers, decay: float = 0.5) -> Tensor:
     """V1: what this rollout's own earlier rewards promise for the budgets still to come.
 
         V1_j = ( Σ_{k<j} λ^{j-k} r_k / Σ_{k<j} λ^{j-k} ) · Σ_{k≥j} P_k        λ = decay;  V1_1 = 0
 
-    The bracket is an average of the rewards already seen, recent budgets heaviest; the factor behind it is the
-    prior mass those rewards stand in for. rewards [B, G, M], probs [M] -> [B, G, M].
+    The bracket averages the rewards already seen, recent budgets heaviest; the factor behind it is
+    the prior mass those rewards stand in for. rewards [B, G, M] -> [B, G, M].
     """
     m = rewards.shape[-1]
     j, k = torch.arange(m)[:, None], torch.arange(m)[None, :]
-    weight = torch.where(k < j, decay ** (j - k).float(), 0.0).to(rewards)  # [M, M], row j weighs r_k for k < j
-    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)         # row 1 has no past: stays all zero
+    weight = torch.where(k < j, decay ** (j - k).float(), 0.0).to(rewards)  # [M, M], r_k's in row j
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)         # row 1 stays all zero
     own_past = rewards @ weight.T                                           # [B, G, M]
+    probs = torch.as_tensor(probs, dtype=rewards.dtype, device=rewards.device)
     remaining = probs.flip(0).cumsum(0).flip(0)                             # [M], Σ_{k≥j} P_k
     return own_past * remaining
 
@@ -40,30 +46,40 @@ def group_baseline(returns: Tensor) -> Tensor:
 
         V2_j = (1/G) Σ_g R_j^{(g)}
 
-    returns [B, G, M] -> [B, G, M], equal along G. The rollout itself is part of the mean, as in GRPO.
+    returns [B, G, M] -> [B, G, M], equal along G. The rollout itself is in the mean, as in GRPO.
     """
     return returns.mean(dim=1, keepdim=True).expand_as(returns)
 
 
-def brpo_baseline(rewards: Tensor, returns: Tensor, budgets: Tensor, probs: Tensor, decay: float = 0.5) -> Tensor:
+def brpo_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
+                  decay: float = 0.5) -> Tensor:
     """V: trust the group early and the rollout's own progress late.
 
         V_j = (b_{j-1}/b_M) · V1_j + (1 - b_{j-1}/b_M) · V2_j        b_0 = 0
 
-    At j = 1 a rollout has shown nothing of itself, so V_1 is the group's mean. [B, G, M] -> [B, G, M].
+    At j = 1 a rollout has shown nothing of itself, so V_1 is the group's mean. -> [B, G, M].
     """
-    start = torch.cat([budgets.new_zeros(1), budgets[:-1]])   # [M], b_{j-1}
-    share = (start / budgets[-1]).to(returns)                 # [M], weight of the own past
+    start = segment_starts(budgets)                                         # [M], b_{j-1}
+    share = start.to(returns) / budgets[-1]                                 # [M], weight of V1
     own, group = progress_baseline(rewards, probs, decay), group_baseline(returns)
     return share * own + (1 - share) * group
 
 
-def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Tensor, probs: Tensor,
+def segment_starts(budgets: Numbers) -> Tensor:
+    """b_0 .. b_{M-1}, with b_0 = 0: the thinking tokens before each segment. [M]."""
+    budgets = torch.as_tensor(budgets)
+    return torch.cat([budgets.new_zeros(1), budgets[:-1]])
+
+
+def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
                       baseline: str = "brpo", decay: float = 0.5) -> Tensor:
-    """The baseline of the ablation by name: brpo (V), progress (V1), group (V2), none (0). -> [B, G, M]."""
+    """The baseline by name, as in the paper's ablations. -> [B, G, M].
+
+        brpo  V        progress  V1        group  V2        none  0
+    """
     if baseline in ("brpo", "group") and returns.shape[1] < 2:
-        raise ValueError(f"baseline {baseline!r} compares rollouts of one question and needs G >= 2, got "
-                         f"G = {returns.shape[1]}: raise num_rollouts, or use baseline progress or none")
+        raise ValueError(f"baseline {baseline!r} compares rollouts of one question and needs G >= 2, "
+                         f"got G = {returns.shape[1]}: raise num_rollouts, or use baseline progress")
     if baseline == "brpo":
         return brpo_baseline(rewards, returns, budgets, probs, decay)
     if baseline == "progress":
@@ -75,31 +91,50 @@ def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Tensor, probs: 
     raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(BASELINES)}")
 
 
-def thinking_advantages(rewards: Tensor, returns: Tensor, budgets: Tensor, probs: Tensor,
+def thinking_advantages(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
                         baseline: str = "brpo", decay: float = 0.5) -> Tensor:
     """The advantage of every thinking token in segment j.
 
         A_j = R_j - V_j
 
-    Neither divided by the group's standard deviation nor by the sequence's length: both bias the gradient
-    (Dr. GRPO). [B, G, M] -> [B, G, M].
+    Divided neither by the group's standard deviation nor by the sequence's length: both bias the
+    gradient (Dr. GRPO). [B, G, M] -> [B, G, M].
     """
     return returns - thinking_baseline(rewards, returns, budgets, probs, baseline, decay)
 
 
+def token_advantages(advantages: Tensor, budgets: Numbers, num_tokens: int) -> Tensor:
+    """The advantages written out token by token.
+
+        A_t = A_j    for    b_{j-1} < t ≤ b_j        t = 1..num_tokens, num_tokens ≤ b_M
+
+    Column t-1 belongs to the t-th thinking token; beyond a trace's own end, mask it. The leading
+    dimensions are free, so a flat batch [B·G, M] works as well. [..., M] -> [..., num_tokens].
+    """
+    if num_tokens > budgets[-1]:
+        raise ValueError(f"{num_tokens} thinking tokens, but the largest budget is {budgets[-1]}: "
+                         "tokens beyond it belong to no segment")
+    positions = torch.arange(1, num_tokens + 1)
+    segment = torch.bucketize(positions, torch.as_tensor(budgets).cpu())    # j - 1 of every token
+    return advantages[..., segment.to(advantages.device)]
+
+
 def summary_advantages(scores: Tensor, cuts: Tensor) -> Tensor:
-    """The advantage of every summary, each cut under the *uniform* prior (decoupled optimisation, SPEC 5).
+    """The advantage of every summary: all cuts weigh the same, whatever the thinking's prior.
 
-        A^y_{j,a} = s_{j,a} - mean{ s_{k,a'} : cut_k = cut_j }        A > 1: all summaries of that same cut
-        A^y_{j}   = s_j     - mean_g s_j^{(g)}                        A = 1: the group's mean at that budget
+        A^y_{j,a} = s_{j,a} - mean{ s_{k,a'} : cut_k = cut_j }    A > 1: summaries of that same cut
+        A^y_j     = s_j     - mean_g s_j^{(g)}                    A = 1: the group at that budget
 
-    Budgets past the end of the thinking share one cut and so one baseline: their summaries answer the very
-    same prefix. scores [B, G, M, A], cuts [B, G, M] (thinking tokens kept) -> [B, G, M, A].
+    Thinking and summary are optimised as two policies (decoupled): a summary is cheap and has to
+    work wherever the thinking is cut, hence the uniform prior. Budgets past the end of the trace
+    share one cut and so one baseline: their summaries continue the very same prefix.
+    scores [B, G, M, A], cuts [B, G, M] (thinking tokens kept) -> [B, G, M, A].
     """
     if scores.shape[-1] == 1:
         return scores - scores.mean(dim=1, keepdim=True)
-    same_cut = (cuts[..., :, None] == cuts[..., None, :]).to(scores)               # [B, G, M, M]
-    baseline = same_cut @ scores.mean(-1, keepdim=True) / same_cut.sum(-1, keepdim=True)  # [B, G, M, 1]
+    same_cut = (cuts[..., :, None] == cuts[..., None, :]).to(scores)                    # [B, G, M, M]
+    of_budget = scores.mean(-1, keepdim=True)                                           # [B, G, M, 1]
+    baseline = same_cut @ of_budget / same_cut.sum(-1, keepdim=True)                    # [B, G, M, 1]
     return scores - baseline
 
 
@@ -107,16 +142,17 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
                 clip: float = 0.2, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy gradient, summed over trained tokens and divided by a constant.
 
-        L = -(1/D) Σ_t w_t · min( ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t )        ρ_t = exp(logp_t - old_logp_t)
+        L = -(1/D) Σ_t w_t · min( ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t )    ρ_t = exp(logp_t - old_logp_t)
 
-    D = sequences × maximum response length, one number for the whole update: dividing by the tokens at hand
-    instead would make every token of a short batch weigh more, and make the result depend on how rows are
-    split into micro-batches or over processes. w is the detached `sampler_weight`, or 1. No KL, no entropy.
+    D = sequences × maximum response length, one number for the whole update: dividing by the tokens
+    at hand instead would make every token of a short batch weigh more, and make the result depend on
+    how rows are split into micro-batches or over processes. w is the detached `sampler_weight`, or 1.
+    No KL term, no entropy bonus.
 
-    All tensors [T]. Returns the scalar loss and sums over trained tokens (sums, so that they can be added
-    over micro-batches and processes before dividing by `tokens`).
+    All tensors [T]. Returns the scalar loss and sums over trained tokens (sums, so that they can be
+    added over micro-batches and processes before dividing by `tokens`).
     """
-    # Zero the untrained entries before exp: whatever stands there must not reach the sum as inf · 0 = nan.
+    # Zero the untrained entries before exp: whatever they hold must not become inf · 0 = nan.
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()
@@ -126,7 +162,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
         gain = gain * torch.where(mask, weight.detach(), 0.0)
     loss = -gain.sum() / denominator
     with torch.no_grad():
-        # A token is clipped when the minimum picked the clipped term, i.e. when its gradient vanished.
+        # The minimum picked the clipped term: this token's gradient has vanished.
         is_clipped = mask & (clipped * advantages < ratio * advantages)
         metrics = {"tokens": mask.sum(), "clipped": is_clipped.sum(),
                    # k3, the low-variance estimate of KL(old || new): e^d - d - 1 ≥ 0
@@ -135,11 +171,11 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 
 
 def sampler_weight(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """The truncated importance weight that corrects for sampling with another engine than the trainer's.
+    """The truncated importance weight that corrects for sampling with another engine.
 
-        w_t = min( exp(old_logp_t - sampler_logp_t), C )        detached; C = cap; C = 0 switches it off (w = 1)
+        w_t = min( exp(old_logp_t - sampler_logp_t), C )        detached; C = cap; C = 0: w = 1
 
-    Same weights, other kernels: in bfloat16 the two disagree by up to several percent per token. [T] -> [T].
+    Same weights, other kernels: in bfloat16 the two differ by several percent a token. [T] -> [T].
     """
     if cap == 0:
         return torch.ones_like(old_logp)
@@ -147,9 +183,11 @@ def sampler_weight(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor
 
 
 def sampler_gap(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from the trainer's, over trained tokens [T]: sums, and the largest.
+    """How far the sampler's log-probs are from the trainer's, over trained tokens.
 
-        gap_t = |old_logp_t - sampler_logp_t|        outside: exp(old_logp_t - sampler_logp_t) not in [0.9, 1.1]
+        gap_t = |old_logp_t - sampler_logp_t|    outside: exp(old_logp_t - sampler_logp_t) ∉ [0.9, 1.1]
+
+    All tensors [T]. Returns sums, and the largest gap.
     """
     difference = torch.where(mask, old_logp - sampler_logp, 0.0)
     ratio = difference.exp()
@@ -157,34 +195,38 @@ def sampler_gap(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> dict[st
             "gap_outside": ((ratio < 0.9) | (ratio > 1.1)).sum()}
 
 
-def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Tensor, probs: Tensor,
-                         decay: float = 0.5, thinking_lengths: Tensor | None = None) -> dict[str, Tensor]:
+def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
+                         decay: float = 0.5,
+                         thinking_lengths: Tensor | None = None) -> dict[str, Tensor]:
     """How much of the return's variance does each baseline explain? (the paper's variance figure)
 
         residual_j = Var[R_j - V_j] / Var[R_j]        correlation_j = Corr[V_j, R_j]
 
-    for V in {progress: V1, group: V2, brpo: V}, over all rollouts [B·G], per budget. With `thinking_lengths`
-    [B, G], over the rollouts whose thinking reaches into segment j only: no others have tokens to train there.
-    Returns {"residual/brpo": [M], "correlation/brpo": [M], ...}; nan where R_j does not vary.
+    for V in progress (V1), group (V2) and brpo (V), over all B·G rollouts, per segment. With
+    `thinking_lengths` [B, G], over the rollouts with tokens in segment j only: the others have
+    nothing to train there. Returns {"residual/brpo": [M], "correlation/brpo": [M], ...}; nan where
+    R_j does not vary.
     """
     has_tokens = torch.ones_like(returns, dtype=torch.bool)
     if thinking_lengths is not None:
-        has_tokens = thinking_lengths[..., None] > torch.cat([budgets.new_zeros(1), budgets[:-1]])      # |z| > b_{j-1}
+        has_tokens = thinking_lengths[..., None] > segment_starts(budgets)              # |z| > b_{j-1}
+    # Not by name through thinking_baseline: a diagnostic need not refuse G = 1.
+    baselines = {"progress": progress_baseline(rewards, probs, decay),
+                 "group": group_baseline(returns),
+                 "brpo": brpo_baseline(rewards, returns, budgets, probs, decay)}
     out = {}
-    for name in ("progress", "group", "brpo"):
-        # Called by formula, not through the G >= 2 check: a diagnostic of G = 1 is merely uninteresting.
-        value = {"progress": lambda: progress_baseline(rewards, probs, decay),
-                 "group": lambda: group_baseline(returns),
-                 "brpo": lambda: brpo_baseline(rewards, returns, budgets, probs, decay)}[name]()
-        pairs = [(returns[..., j][has_tokens[..., j]].double(), value[..., j][has_tokens[..., j]].double())
-                 for j in range(returns.shape[-1])]
-        out[f"residual/{name}"] = torch.stack([_variance(r - v) / _variance(r) for r, v in pairs])
-        out[f"correlation/{name}"] = torch.stack([_correlation(r, v) for r, v in pairs])
+    for name, value in baselines.items():
+        columns = []
+        for j in range(returns.shape[-1]):
+            at_j = has_tokens[..., j]
+            columns.append((returns[..., j][at_j].double(), value[..., j][at_j].double()))
+        out[f"residual/{name}"] = torch.stack([_variance(r - v) / _variance(r) for r, v in columns])
+        out[f"correlation/{name}"] = torch.stack([_correlation(r, v) for r, v in columns])
     return out
 
 
 def _variance(x: Tensor) -> Tensor:
-    return ((x - x.mean()) ** 2).mean()     # nan where there is nothing, without torch.var's warning
+    return ((x - x.mean()) ** 2).mean()     # nan where x is empty, without torch.var's warning
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:

@@ -1,15 +1,14 @@
 """Where may thinking be cut, and how likely is each cut?
 
-Anytime reasoning maximises the expected reward over a *prior on thinking budgets* (SPEC 1, the paper's
-equation for J):
+Anytime reasoning maximises the expected reward over a *prior on thinking budgets*:
 
     J(θ) = E_{x, z ~ π(·|x)}  E_{b ~ p_B}  E_{y ~ π(·|x, z_≤b)} [ r(x, y) ]
 
-p_B has the finite support b_1 < ... < b_M with probabilities P_1..P_M. This file knows only integers and
+z is the thinking trace, z_≤b its first b tokens, y the summary that states the answer after them. p_B
+has the finite support b_1 < ... < b_M with probabilities P_1..P_M. This file knows only integers and
 probabilities: no tokens, no text, no tensors. It works when copied alone into an empty folder.
 """
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 
@@ -17,8 +16,8 @@ from dataclasses import dataclass
 class BudgetPrior:
     """p_B: the support b_1 < ... < b_M (in thinking tokens) and the probabilities P_1..P_M.
 
-    Any spacing and any probabilities are allowed; `make` gives the paper's three. Validated on creation, so
-    whoever holds one need not check again. Raises ValueError naming the field and the mend.
+    Any spacing and any probabilities are allowed; `make` gives the paper's three. Validated on
+    creation, so whoever holds one need not check again. Raises ValueError naming the field and the fix.
     """
 
     budgets: tuple[int, ...]
@@ -33,7 +32,8 @@ class BudgetPrior:
         if any(left >= right for left, right in zip(b, b[1:])):
             raise ValueError(f"budgets {list(b)} are not increasing: sort them and drop duplicates")
         if len(p) != len(b):
-            raise ValueError(f"probs has {len(p)} entries for {len(b)} budgets: give one probability per budget")
+            raise ValueError(f"probs has {len(p)} entries for {len(b)} budgets: "
+                             "give one probability per budget")
         # Written as `not (x >= 0)` because every comparison with nan is False.
         if any(not (x >= 0) for x in p):
             raise ValueError(f"probs {list(p)}: a probability cannot be negative (or nan)")
@@ -49,8 +49,8 @@ class BudgetPrior:
         base     P_M = 1, else 0        ordinary final-reward RL (AR-base, and GRPO with M = 1)
         """
         if num_budgets < 1 or max_budget % num_budgets:
-            raise ValueError(f"max_budget {max_budget} does not split into {num_budgets} even budgets: "
-                             "change num_budgets, or list the budgets yourself")
+            raise ValueError(f"max_budget {max_budget} does not split into {num_budgets} even "
+                             "budgets: change num_budgets, or list the budgets yourself")
         budgets = tuple(max_budget // num_budgets * j for j in range(1, num_budgets + 1))
         return cls(budgets, prior_probs(kind, budgets))
 
@@ -68,19 +68,11 @@ def prior_probs(kind: str, budgets: tuple[int, ...]) -> tuple[float, ...]:
 
 
 def cut_lengths(thinking_length: int, budgets: tuple[int, ...]) -> list[int]:
-    """min(b_j, |z|) for every budget: how many thinking tokens the j-th summary gets to see (SPEC 2).
+    """How many thinking tokens the summary at each budget gets to see.
 
-    Budgets past the end of the thinking share one cut. They are kept, not skipped: each still draws its own
-    A summaries, so every (rollout, budget) has scores of its own.
+        cut_j = min(b_j, |z|)
+
+    Budgets past the end of the trace share one cut. They are kept, not skipped: each still draws its
+    own A summaries, so every (rollout, budget) has scores of its own.
     """
     return [min(b, thinking_length) for b in budgets]
-
-
-def segment_index(position: int, budgets: tuple[int, ...]) -> int:
-    """The segment j (0-based) of the thinking token at `position` (1-based): b_{j-1} < position <= b_j.
-
-    A token in segment j can only influence rewards at budgets j..M, hence its return R_j (SPEC 3).
-    """
-    if not 1 <= position <= budgets[-1]:
-        raise ValueError(f"position {position} lies outside the thinking, which is 1..{budgets[-1]} tokens")
-    return bisect_left(budgets, position)

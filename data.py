@@ -1,8 +1,8 @@
 """Where do questions come from?
 
-A row is a question with its ground truth. Rows are read from a local .json / .jsonl / .parquet file, from a named set
-on the Hugging Face hub, or made by the miniature; checked one by one; and turned into prompts. Their order is a function
-of (seed, step) alone.
+A row is a question with its ground truth. Rows are read from a local .json, .jsonl or .parquet file,
+from a named set on the Hugging Face hub, or made by the miniature; checked one by one; and turned
+into prompts by the model's own tokenizer. Their order is a function of (seed, step) alone.
 """
 
 import json
@@ -13,16 +13,20 @@ from pathlib import Path
 import numpy as np
 
 import miniature
-from rewards import is_valid_gold
+from verifier import is_valid_ground_truth
 
 # name -> (hub dataset repository, file, question field, answer field)
 NAMED_SETS = {
-    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json", "problem", "answer"),
-    "aime2024": ("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet", "problem", "answer"),
-    "amc2022": ("AI-MO/aimo-validation-amc", "data/train-00000-of-00001.parquet", "problem", "answer"),
+    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json",
+                   "problem", "answer"),
+    "aime2024": ("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet",
+                 "problem", "answer"),
+    "amc2022": ("AI-MO/aimo-validation-amc", "data/train-00000-of-00001.parquet",
+                "problem", "answer"),
     "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem", "answer"),
     "minerva": ("math-ai/minervamath", "test.jsonl", "question", "answer"),
-    "olympiadbench": ("Hothan/OlympiadBench", "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
+    "olympiadbench": ("Hothan/OlympiadBench",
+                      "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
                       "question", "final_answer"),
 }
 MINIATURE_ROWS = {"train": 2048, "test": 512}
@@ -38,8 +42,11 @@ class Question:
 
 def load_rows(source: str, question_field: str = "problem", answer_field: str = "answer",
               split: str = "train") -> tuple[list[tuple[str, object]], int]:
-    """(question, ground_truth) rows of a file, a named set, or the miniature's `split`; and how many rows were dropped
-    for an invalid gold (None or blank: no answer could ever score). ValueError names the file, the row and the mend."""
+    """(question, ground_truth) rows of a file, a named set or the miniature's `split`, and a count.
+
+    The count is of rows dropped for a ground truth of None or blank: no answer could ever score.
+    ValueError names the file, the row and the fix.
+    """
     if source == "miniature":
         return miniature.make_rows(split, MINIATURE_ROWS[split]), 0
     if source in NAMED_SETS:
@@ -47,22 +54,24 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
     else:
         path = Path(source)
         if not path.is_file():
-            raise ValueError(f"{source} is neither a file nor one of the named sets ({', '.join(NAMED_SETS)})")
+            raise ValueError(f"{source} is neither a file nor one of the named sets "
+                             f"({', '.join(NAMED_SETS)})")
     rows, dropped = [], 0
     for where, record in _records(path):
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, {where}: expected an object with {question_field!r} and {answer_field!r}, "
-                             f"got {str(record)[:60]!r}")
+            raise ValueError(f"{path}, {where}: expected an object with {question_field!r} and "
+                             f"{answer_field!r}, got {str(record)[:60]!r}")
         for name in (question_field, answer_field):
             if name not in record:
                 raise ValueError(f"{path}, {where}: no field {name!r} (it has {', '.join(record)}): "
                                  "name the right ones with --question-field and --answer-field")
-        question, gold = record[question_field], record[answer_field]
+        question, truth = record[question_field], record[answer_field]
         if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"{path}, {where}: {question_field!r} is not a text: {str(question)[:60]!r}")
-        gold = gold.tolist() if isinstance(gold, np.ndarray) else gold
-        if is_valid_gold(gold):
-            rows.append((question, gold))
+            raise ValueError(f"{path}, {where}: {question_field!r} is not a text: "
+                             f"{str(question)[:60]!r}")
+        truth = truth.tolist() if isinstance(truth, np.ndarray) else truth
+        if is_valid_ground_truth(truth):
+            rows.append((question, truth))
         else:
             dropped += 1
     if not rows:
@@ -71,7 +80,7 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
 
 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, record) pairs; `where` is the line of a .jsonl and the row of the other formats, counted from 1."""
+    """(where, record) pairs; `where` is a .jsonl's line or another format's row, from 1."""
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -80,14 +89,17 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
     elif path.suffix == ".json":
         records = _parse(path.read_text(encoding="utf-8"), path, 1)
         if not isinstance(records, list):
-            raise ValueError(f"{path}, line 1: expected a list of objects; for one object a line, name the file .jsonl")
+            raise ValueError(f"{path}, line 1: expected a list of objects; for one object a line, "
+                             "name the file .jsonl")
         yield from ((f"row {i}", record) for i, record in enumerate(records, 1))
     elif path.suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-        yield from ((f"row {i}", record) for i, record in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
+            raise ValueError(f"{path}: reading parquet needs pyarrow: "
+                             "pip install pyarrow") from None
+        records = pyarrow.parquet.read_table(path).to_pylist()
+        yield from ((f"row {i}", record) for i, record in enumerate(records, 1))
     else:
         raise ValueError(f"{path}: unknown kind {path.suffix!r}: use .json, .jsonl or .parquet")
 
@@ -105,46 +117,81 @@ def _download(name: str) -> tuple[Path, str, str]:
     repo, file, question_field, answer_field = NAMED_SETS[name]
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset")), question_field, answer_field
-    except Exception as e:      # offline, renamed, gated: whatever the hub's client raises, the mend is the same
+    except Exception as e:      # offline, renamed, gated: whatever the hub's client raises
         reason = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
         raise ValueError(f"cannot fetch {file} of {repo} from the hub ({reason}): "
                          "check the network, or download it and pass the file's path") from e
 
 
+def open_tokenizer(model: str, longest_sequence: int):
+    """(tokenizer, end-of-text ids of the generation config), before any weight is loaded.
+
+    Raises ValueError when the model cannot be found, or its context is shorter than
+    `longest_sequence`, the prompt + b_M + summary of this run.
+    """
+    if model == "miniature":
+        tokenizer, eos = miniature.make_tokenizer(), None
+        context = miniature.MODEL["max_position_embeddings"]
+    else:
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            context = AutoConfig.from_pretrained(model).max_position_embeddings
+        except (OSError, ValueError) as e:
+            raise ValueError(f"--model {model}: no model directory or hub name that can be read "
+                             f"({str(e).splitlines()[0][:160]})") from e
+        try:
+            eos = GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError:     # a model need not ship one
+            eos = None
+    if longest_sequence > context:
+        raise ValueError(f"max_prompt_tokens + largest budget + max_summary_tokens = "
+                         f"{longest_sequence} tokens, but {model} has a context of {context}: "
+                         "lower the budgets or max_prompt_tokens")
+    return tokenizer, [eos] if isinstance(eos, int) else eos or []
+
+
 def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
                    max_prompt_tokens: int) -> tuple[list[Question], int]:
-    """Apply the prompt template and the model's chat template; drop prompts longer than max_prompt_tokens.
+    """Apply the prompt template and the model's chat template; drop overlong prompts.
 
-    Returns the questions and how many were dropped. An R1-style chat template opens the thinking itself (`<think>`).
+    Returns the questions and how many were dropped. An R1-style chat template opens the thinking
+    itself (`<think>`).
     """
     if "{question}" not in template:
-        raise ValueError(f"--prompt-template {template!r} has no {{question}} in it: all prompts would be the same")
+        raise ValueError(f"--prompt-template {template!r} has no {{question}} in it: all prompts "
+                         "would be the same")
     questions, dropped = [], 0
-    for text, gold in rows:
+    for text, truth in rows:
         # Not str.format: questions and templates are full of braces of their own.
         message = [{"role": "user", "content": template.replace("{question}", text)}]
-        rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True,
+                                                 tokenize=False)
         prompt = tuple(tokenizer.encode(rendered, add_special_tokens=False))
         if len(prompt) <= max_prompt_tokens:
-            questions.append(Question(len(questions), text, gold, prompt))
+            questions.append(Question(len(questions), text, truth, prompt))
         else:
             dropped += 1
     if not questions:
-        raise ValueError(f"all {dropped} prompts are longer than max_prompt_tokens = {max_prompt_tokens}: raise it")
+        raise ValueError(f"all {dropped} prompts are longer than max_prompt_tokens = "
+                         f"{max_prompt_tokens}: raise it")
     return questions, dropped
 
 
-def load_questions(source: str, tokenizer, template: str, max_prompt_tokens: int, question_field: str = "problem",
-                   answer_field: str = "answer", split: str = "train", limit: int = 0) -> tuple[list[Question], str]:
-    """Rows to prompts in one go: the first `limit` (0: all) questions of a source, and a line that counts the dropped."""
+def load_questions(source: str, tokenizer, template: str, max_prompt_tokens: int,
+                   question_field: str = "problem", answer_field: str = "answer",
+                   split: str = "train", limit: int = 0) -> tuple[list[Question], str]:
+    """The first `limit` (0: all) questions of a source, and a line that counts the dropped."""
     rows, invalid = load_rows(source, question_field, answer_field, split)
-    questions, overlong = make_questions(rows[:limit or None], tokenizer, template, max_prompt_tokens)
-    return questions, (f"{source}: {len(questions)} questions ({invalid} dropped without a ground truth, "
-                       f"{overlong} longer than {max_prompt_tokens} prompt tokens)")
+    questions, overlong = make_questions(rows[:limit or None], tokenizer, template,
+                                         max_prompt_tokens)
+    return questions, (f"{source}: {len(questions)} questions ({invalid} dropped without a ground "
+                       f"truth, {overlong} longer than {max_prompt_tokens} prompt tokens)")
 
 
-def questions_of_step(questions: list[Question], step: int, per_step: int, seed: int) -> list[Question]:
-    """The questions of one step: the set is shuffled anew each epoch, and a last incomplete step is left out.
+def questions_of_step(questions: list[Question], step: int, per_step: int,
+                      seed: int) -> list[Question]:
+    """The questions of one step: shuffled anew each epoch, a last incomplete step left out.
 
     A function of (seed, step): resuming needs no data state, only the step.
     """

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,38 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+class TwoPhases:
+    """An engine that reports no thinking trace before all of them have ended, so that all summaries are asked for then.
+
+    What sample_rollouts is compared with: the same requests and seeds, at another time.
+    """
+
+    def __init__(self, engine):
+        self.engine, self.traces, self.running = engine, {}, set()
+
+    def add(self, request):
+        if request.stream:
+            self.running.add(request.id)
+        self.engine.add(request)
+
+    def has_work(self):
+        return self.engine.has_work()
+
+    def step(self):
+        ready = []
+        for out in self.engine.step():
+            if out.id not in self.running:
+                ready.append(out)
+                continue
+            trace = self.traces.setdefault(out.id, replace(out, tokens=[], logp=[]))
+            trace.tokens += out.tokens
+            trace.logp += out.logp
+            if out.finished:
+                trace.finished = True
+                self.running.discard(out.id)
+        if not self.running:
+            ready += self.traces.values()
+            self.traces = {}
+        return ready

@@ -77,6 +77,25 @@ def test_advantages_are_return_minus_the_named_baseline(rewards, returns):
         assert torch.allclose(brpo.thinking_advantages(rewards, returns, BUDGETS, PROBS, name), returns - value)
 
 
+def test_token_advantages_by_brute_force():
+    budgets, advantages = (2, 5, 6), torch.randn(4, 3)
+    for num_tokens in (1, 4, 6):
+        tokens = brpo.token_advantages(advantages, budgets, num_tokens)
+        assert tokens.shape == (4, num_tokens)
+        for t in range(1, num_tokens + 1):
+            j = next(j for j, b in enumerate(budgets) if t <= b)
+            assert torch.equal(tokens[:, t - 1], advantages[:, j])
+    assert brpo.token_advantages(advantages.reshape(2, 2, 3), torch.tensor(budgets), 6).shape == (2, 2, 6)
+    with pytest.raises(ValueError, match="largest budget is 6"):
+        brpo.token_advantages(advantages, budgets, 7)
+
+
+def test_budgets_and_probs_may_be_any_sequence(rewards, returns):
+    as_tensors = brpo.thinking_advantages(rewards, returns, BUDGETS, PROBS)
+    for kind in (tuple, list):
+        assert torch.equal(brpo.thinking_advantages(rewards, returns, kind(BUDGETS.tolist()), kind(PROBS.tolist())), as_tensors)
+
+
 def test_group_advantages_sum_to_zero_over_the_group(rewards, returns):
     assert brpo.thinking_advantages(rewards, returns, BUDGETS, PROBS, "group").sum(1).abs().max() < 1e-12
 

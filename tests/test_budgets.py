@@ -1,6 +1,6 @@
 import pytest
 
-from budgets import BudgetPrior, cut_lengths, prior_probs, segment_index
+from budgets import BudgetPrior, cut_lengths, prior_probs
 
 
 def test_uniform_prior_by_hand():
@@ -43,12 +43,3 @@ def test_make_refuses_uneven_division_and_unknown_kinds():
 def test_cuts_past_the_end_share_the_end():
     assert cut_lengths(5, (2, 4, 6, 8)) == [2, 4, 5, 5]
     assert cut_lengths(0, (2, 4)) == [0, 0]
-
-
-def test_segments_tile_the_thinking():
-    budgets = (2, 5, 6)
-    brute = [next(j for j, b in enumerate(budgets) if t <= b) for t in range(1, 7)]
-    assert [segment_index(t, budgets) for t in range(1, 7)] == brute == [0, 0, 1, 1, 1, 2]
-    for outside in (0, 7):
-        with pytest.raises(ValueError, match="outside"):
-            segment_index(outside, budgets)

@@ -1,6 +1,8 @@
+from dataclasses import fields
+
 import pytest
 
-from config import EXPERIMENTS, PRESETS, Config, batch_arithmetic, check, denominator, parse
+from config import EXPERIMENTS, PRESETS, Config, batch_arithmetic, check, parse
 
 
 def test_flags_win_over_the_experiment_and_the_experiment_over_the_preset():
@@ -21,9 +23,9 @@ def test_the_papers_main_run_by_its_numbers():
     c = parse(["--preset", "paper-8k"])
     assert c.budget_prior.budgets == (2000, 4000, 6000, 8000) and c.budget_prior.probs == (0.25,) * 4
     assert (c.questions_per_step, c.updates_per_step, c.num_rollouts, c.num_summaries) == (64, 2, 8, 4)
-    assert (c.temperature, c.clip, c.decay, c.eval_temperature, len(c.eval_budgets)) == (1.0, 0.2, 0.5, 0.6, 32)
-    assert c.max_response_length == 10176 and denominator(c) == 32 * 8 * 10176 and c.summary_weight == 1.0
-    assert "512 thinkings of up to 8000 tokens" in batch_arithmetic(c, 8)
+    assert (c.temperature, c.clip, c.decay, c.eval_temperature, len(c.evaluation_budgets)) == (1.0, 0.2, 0.5, 0.6, 32)
+    assert c.response_length == 10176 and c.denominator == 32 * 8 * 10176 and c.summary_weight == 1.0
+    assert "512 thinking traces of up to 8000 tokens" in batch_arithmetic(c, 8)
 
 
 def test_the_experiments_are_the_papers_table():
@@ -44,6 +46,25 @@ def test_explicit_budgets_and_probabilities():
     assert c.budget_prior.budgets == (8, 20, 48) and c.budget_prior.probs == (0.2, 0.3, 0.5)
     assert parse(["--budgets", "8", "24", "--prior", "linear"]).budget_prior.probs == (0.25, 0.75)
     assert c.summary_weight == pytest.approx(1 / 12)        # --summary-loss mean: 1/(M·A)
+
+
+def test_what_depends_on_the_largest_budget_follows_it():
+    c = parse(["--preset", "paper-8k", "--max-budget", "4000"])
+    assert c.response_length == 4000 + 17 * 128 and c.longest_sequence == 1024 + 4000 + 128
+    assert c.evaluation_budgets == tuple(range(125, 4001, 125))
+    assert parse(["--budgets", "8", "32", "--num-eval-budgets", "4"]).evaluation_budgets == (8, 16, 24, 32)
+    assert parse(["--max-response-length", "99"]).response_length == 99
+    assert parse(["--eval-budgets", "5", "90"]).longest_sequence == 12 + 90 + 10
+
+
+def test_help_lists_every_flag_in_groups(capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(["--preset", "paper-8k", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0 and "(default: 8000)" in text.replace("│ │ ", "")        # the defaults shown are the preset's
+    for group in ("kind", "method", "optimisation", "model-and-data", "engine-and-memory", "run"):
+        assert f"{group} options" in text
+    assert all("--" + f.name.replace("_", "-") in text for f in fields(Config))
 
 
 @pytest.mark.parametrize("change, complaint", [

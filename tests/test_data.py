@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from conftest import SHARED
-from data import NAMED_SETS, load_questions, load_rows, make_questions, questions_of_step
+from data import (NAMED_SETS, load_questions, load_rows, make_questions, open_tokenizer,
+                  questions_of_step)
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": 4.0}, {"problem": "3+3?", "answer": ["6", "six"]},
         {"problem": "void", "answer": ""}, {"problem": "none", "answer": None}]
@@ -30,8 +31,8 @@ def test_all_formats_give_the_same_rows(tmp_path, kind):
 
 
 def test_fields_can_be_mapped(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"q": "1+1?", "gold": "2"}])
-    assert load_rows(path, "q", "gold") == ([("1+1?", "2")], 0)
+    path = write(tmp_path / "a.jsonl", [{"q": "1+1?", "truth": "2"}])
+    assert load_rows(path, "q", "truth") == ([("1+1?", "2")], 0)
 
 
 @pytest.mark.parametrize("name, content, complaint", [
@@ -95,3 +96,12 @@ def test_the_papers_sets_load_with_their_counts():
     for name, count in counts.items():
         rows, dropped = load_rows(str(SHARED / "data" / f"{name}.json"))
         assert (len(rows), dropped) == (count, 4 if name == "train/math" else 0)
+
+
+def test_open_tokenizer_refuses_a_short_context_and_a_missing_model(tiny_model_path):
+    with pytest.raises(ValueError, match="context of 256"):
+        open_tokenizer(str(tiny_model_path), 257)
+    with pytest.raises(ValueError, match="--model nowhere"):
+        open_tokenizer("nowhere", 40)
+    tokenizer, eos = open_tokenizer(str(tiny_model_path), 256)
+    assert eos == [tokenizer.eos_token_id]

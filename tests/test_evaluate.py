@@ -7,12 +7,13 @@ from transformers import AutoTokenizer
 import evaluate
 from data import Question
 from evaluate import anytime_curve, draw_curves
-from rewards import Verifier
-from rollout import Output, Protocol
+from verifier import Verifier
+from engines import Output
+from rollout import Protocol
 
 
 class CountingEngine:
-    """Thinks ` =1 =2 =3 </think>` and boxes the last digit it can see: right (gold 3) only with three tokens of thinking or more."""
+    """Thinks ` =1 =2 =3 </think>` and boxes the last digit it can see: right (ground truth 3) only with three tokens of thinking or more."""
 
     def __init__(self, tokenizer):
         self.encode, self.queue = lambda text: tokenizer.encode(text, add_special_tokens=False), []
@@ -54,10 +55,10 @@ def test_the_picture_has_every_curve(tmp_path):
 
 
 def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_model_path, tmp_path):
-    rows = [{"q": f"{d} +{n} *3 ?", "gold": (d + n) * 3 % 10} for d in range(10) for n in range(1, 5)]
+    rows = [{"q": f"{d} +{n} *3 ?", "truth": (d + n) * 3 % 10} for d in range(10) for n in range(1, 5)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate.main([str(trained_model_path), str(tiny_model_path), "--data", str(tmp_path / "questions.jsonl"), "--question-field", "q",
-                   "--answer-field", "gold", "--budgets", "5", "17", "30", "--samples", "2", "--output-dir", str(tmp_path / "out")])
+                   "--answer-field", "truth", "--budgets", "5", "17", "30", "--samples", "2", "--output-dir", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out" / "eval.json").read_text())["models"]
     assert list(result) == [str(trained_model_path), str(tiny_model_path)]
     trained = result[str(trained_model_path)]

@@ -1,29 +1,31 @@
-"""Cuts, appended texts, seeds and scores, on an engine whose thinkings are given; then the real plain engine."""
+"""Cuts, appended texts, seeds and scores, on an engine whose thinking traces are given."""
 
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TwoPhases
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
 from data import Question
-from rollout import Output, PlainEngine, Protocol, Request, request_seed, sample_rollouts, sample_tokens, to_tree
+from engines import Output, PlainEngine, Request, sample_tokens
+from rollout import Protocol, request_seed, sample_rollouts, to_tree
 
 PROTOCOL = Protocol(think_end=90, eos=(99,), cut_text=(80, 90), answer_header=(81,), max_summary_tokens=6)
 BUDGETS = (2, 4, 6)
 
 
 class ScriptedEngine:
-    """Gives every request its next tokens one per step(), thinkings as scripted, summaries as [7, 99]."""
+    """Gives every request its next tokens one per step(), thinking traces as scripted, summaries as [7, 99]."""
 
-    def __init__(self, thinkings):
-        self.thinkings, self.running, self.requests, self.steps = thinkings, {}, [], 0
+    def __init__(self, traces):
+        self.traces, self.running, self.requests, self.steps = traces, {}, [], 0
 
     def add(self, request: Request):
         self.requests.append((self.steps, request))
-        self.running[request.id] = list(self.thinkings[request.id] if request.stream else [7, 99])[:request.max_tokens]
+        self.running[request.id] = list(self.traces[request.id] if request.stream else [7, 99])[:request.max_tokens]
 
     def has_work(self):
         return bool(self.running)
@@ -39,10 +41,11 @@ class ScriptedEngine:
         return out
 
 
-def run(thinkings, streaming=True, grade=None, num_summaries=2):
-    engine = ScriptedEngine({f"0-{g}": t for g, t in enumerate(thinkings)})
+def run(traces, streaming=True, grade=None, num_summaries=2):
+    engine = ScriptedEngine({f"0-{g}": t for g, t in enumerate(traces)})
     question = Question(0, "?", "5", (1, 2))
-    rollouts = sample_rollouts(engine, [question], BUDGETS, len(thinkings), num_summaries, PROTOCOL, 1.0, (0, 0), grade, streaming)
+    rollouts = sample_rollouts(engine if streaming else TwoPhases(engine), [question], BUDGETS, len(traces),
+                               num_summaries, PROTOCOL, 1.0, (0, 0), grade)
     return rollouts, engine
 
 
@@ -65,7 +68,7 @@ def test_cuts_and_appended_texts(thinking, finish, cuts, closed, streaming):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_thinking_that_ends_in_end_of_text_scores_zero_from_there_on(streaming):
+def test_a_trace_that_ends_in_end_of_text_scores_zero_from_there_on(streaming):
     def grade(r, s):
         f = Future()
         f.set_result(1.0)
@@ -85,15 +88,15 @@ def test_summary_prompts_lengths_and_seeds():
     assert len({request.seed for _, request in engine.requests}) == 7
 
 
-def test_streaming_asks_as_soon_as_a_budget_is_crossed_and_changes_nothing_else():
-    thinkings = [[5, 5, 90], [5] * 6]
-    streamed, engine = run(thinkings)
-    waited, later = run(thinkings, streaming=False)
+def test_summaries_are_requested_as_soon_as_a_budget_is_crossed_and_changes_nothing_else():
+    traces = [[5, 5, 90], [5] * 6]
+    streamed, engine = run(traces)
+    waited, later = run(traces, streaming=False)
     assert [(r.thinking, r.finish, [(s.cut, s.appended, s.tokens) for s in r.summaries]) for r in streamed] == \
            [(r.thinking, r.finish, [(s.cut, s.appended, s.tokens) for s in r.summaries]) for r in waited]
     assert {request for _, request in engine.requests} == {request for _, request in later.requests}     # seeds included
     assert min(step for step, request in engine.requests if not request.stream) == 2                     # b_1 = 2
-    assert min(step for step, request in later.requests if not request.stream) == 6                      # the last thinking's end
+    assert min(step for step, request in later.requests if not request.stream) == 6                      # the last trace's end
 
 
 def test_seeds_differ_in_every_part_of_their_key_and_repeat():
@@ -105,10 +108,11 @@ def test_seeds_differ_in_every_part_of_their_key_and_repeat():
 
 def test_to_tree_places_advantages_by_segment():
     (r,), _ = run([[5, 5, 5, 90]])
-    tree = to_tree(r, [0.1, 0.2, 0.3], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], BUDGETS)
-    assert tree.advantages == [0.1, 0.1, 0.2, 0.2]
+    thinking, summary = torch.tensor([0.25, 0.5, 0.75]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    tree = to_tree(r, thinking, summary, BUDGETS)
+    assert tree.advantages == [0.25, 0.25, 0.5, 0.5]
     assert [(b.cut, b.advantage) for b in tree.branches] == [(2, 1.0), (2, 2.0), (4, 3.0), (4, 4.0), (4, 5.0), (4, 6.0)]
-    last = to_tree(r, [0.1, 0.2, 0.3], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], BUDGETS, last_only=True)
+    last = to_tree(r, thinking, summary, BUDGETS, last_only=True)
     assert [b.advantage for b in last.branches] == [5.0, 6.0]
 
 
@@ -170,14 +174,14 @@ def test_what_else_is_in_the_batch_does_not_matter(engine):
 
 
 def test_sampler_logprobs_are_the_trainers(engine, tokenizer, tiny_model_path):
-    from tree import pack, token_logprobs
+    from packing import pack, token_logprobs
 
     protocol = Protocol.of(tokenizer, 10)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="sdpa")
     question = Question(0, "2 +2 ?", "4", tuple(tokenizer.encode("2 +2 ?<think>")))
     for temperature in (1.0, 0.6):
         rollouts = sample_rollouts(engine, [question], (4, 8, 12), 3, 2, protocol, temperature, (0, 0))
-        row = pack([to_tree(r, [0.0] * 3, [[0.0] * 2] * 3, (4, 8, 12)) for r in rollouts])
+        row = pack([to_tree(r, torch.zeros(3), torch.zeros(3, 2), (4, 8, 12)) for r in rollouts])
         gap = (token_logprobs(model, row, temperature) - row.sampler_logp)[row.trained]
         assert gap.abs().max() < 1e-4
 
@@ -214,22 +218,24 @@ def test_a_tokenizer_without_one_token_think_end_is_refused():
             Protocol.of(with_encoding(ids))
 
 
-def test_open_model_refuses_a_short_context_and_a_missing_model(tiny_model_path):
-    with pytest.raises(ValueError, match="context of 256"):
-        rollout.open_model(str(tiny_model_path), 400, 12, 10)
-    with pytest.raises(ValueError, match="--model nowhere"):
-        rollout.open_model("nowhere", 40, 12, 10)
-
-
 def test_grader_wants_exactly_one_think_end(tokenizer):
     protocol = Protocol.of(tokenizer, 10)
     asked = []
-    verifier = SimpleNamespace(submit=lambda summary, gold: asked.append((summary, gold)) or "future")
+    verifier = SimpleNamespace(submit=lambda summary, ground_truth: asked.append((summary, ground_truth)) or "future")
     grade = rollout.make_grader(verifier, tokenizer, protocol)
     question = Question(0, "?", "5", (2,))
     ids = {text: tokenizer.encode(text) for text in (" =5</think>", "\\boxed{5}<|end|>", "</think>\\boxed{5}<|end|>")}
     r = rollout.Rollout(question, 0, ids[" =5</think>"], finish="closed")
     good = rollout.Summary(0, 0, 2, list(protocol.answer_header), ids["\\boxed{5}<|end|>"])
-    assert grade(r, good) == "future" and asked == [("\n\n**Final Answer**\n\\boxed{5}", "5")]
+    assert grade(r, good) == "future" and asked == [("\\boxed{5}", "5")]
     again = rollout.Summary(0, 0, 2, list(protocol.answer_header), ids["</think>\\boxed{5}<|end|>"])
     assert grade(r, again) is None and len(asked) == 1
+
+
+def test_only_the_first_paragraph_of_a_summary_is_graded(tokenizer):
+    asked = []
+    verifier = SimpleNamespace(submit=lambda summary, ground_truth: asked.append(summary))
+    grade = rollout.make_grader(verifier, SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids))), PROTOCOL)
+    r = rollout.Rollout(Question(0, "?", "5", ()), 0, [ord(c) for c in "so </think>"], finish="closed")
+    grade(r, rollout.Summary(0, 0, 11, [], [ord(c) for c in "\n\n\\boxed{4}\n\nno, \\boxed{5}"]))
+    assert asked == ["\\boxed{4}"]

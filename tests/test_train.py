@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import train
 from config import parse
 
@@ -57,7 +58,7 @@ def test_a_run_leaves_everything_it_promises(unbroken, trained_model_path):
     assert result["step"] == 4 and result["before"]["step"] == 0 and result["budgets"] == [12, 48]
     assert result["anytime_accuracy"] == pytest.approx(sum(result["accuracy"]) / 2) and result["final_accuracy"] == result["accuracy"][-1]
     assert (out / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert "step    3" in text and "16 thinkings of up to 48 tokens" in text
+    assert "step    3" in text and "16 thinking traces of up to 48 tokens" in text
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
     base = AutoModelForCausalLM.from_pretrained(trained_model_path)
@@ -132,14 +133,13 @@ def test_rollouts_already_sampled_are_trained_on_not_sampled_again(unbroken, tra
 def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
     out, _ = unbroken
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
-    import distributed
     identity = json.loads((out / "checkpoints" / "step-00000004" / "run.json").read_text())
     assert identity.pop("step") == 4
-    assert distributed.check_checkpoint(out / "checkpoints" / "step-00000004", identity) == 4
+    assert checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", identity) == 4
     with pytest.raises(ValueError, match="of another run: lr"):
-        distributed.check_checkpoint(out / "checkpoints" / "step-00000004", {**identity, "lr": 1.0})
+        checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", {**identity, "lr": 1.0})
     with pytest.raises(ValueError, match="no complete checkpoint"):
-        distributed.check_checkpoint(tmp_path, identity)
+        checkpoint.check_checkpoint(tmp_path, identity)
 
 
 @pytest.mark.parametrize("args, complaint", [

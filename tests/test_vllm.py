@@ -13,14 +13,16 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, free_port, run_script
+from conftest import ROOT, TwoPhases, free_port, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import distributed
 from budgets import cut_lengths
 from data import Question
-from rollout import PlainEngine, Protocol, Request, VllmEngine, request_seed, sample_rollouts, to_tree
-from tree import pack, token_logprobs
+from engines import PlainEngine, Request, VllmEngine
+from rollout import Protocol, request_seed, sample_rollouts, to_tree
+from packing import pack, token_logprobs
 
 # Not importorskip: importing vLLM takes seconds, at every collection of the tests.
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -41,10 +43,10 @@ def world():
 
 @pytest.fixture(scope="module")
 def saved(world, tiny_model_path, tmp_path_factory):
-    """A model as train.py leaves it: what the engine below loads was written by distributed.save_model."""
+    """A model as train.py leaves it: what the engine below loads was written by checkpoint.save_model."""
     path = tmp_path_factory.mktemp("saved") / "model"
     policy = distributed.load_policy(str(tiny_model_path), CPU)
-    distributed.save_model(policy, AutoTokenizer.from_pretrained(tiny_model_path), path)
+    checkpoint.save_model(policy, AutoTokenizer.from_pretrained(tiny_model_path), path)
     return path
 
 
@@ -103,7 +105,8 @@ def greedy(protocol):
 
 def sample(engine, protocol, num_questions=3, temperature=1.0, streaming=True, reverse=False):
     questions = [Question(i, "?", "5", prompt(i, 34 + i)) for i in range(num_questions)]
-    rollouts = sample_rollouts(engine, questions[::-1] if reverse else questions, BUDGETS, 4, 2, protocol, temperature, (0, 0), streaming=streaming)
+    rollouts = sample_rollouts(engine if streaming else TwoPhases(engine), questions[::-1] if reverse else questions,
+                               BUDGETS, 4, 2, protocol, temperature, (0, 0))
     return sorted(rollouts, key=lambda r: (r.question.index, r.sample))
 
 
@@ -187,7 +190,7 @@ def test_its_logprobs_are_the_trainers_over_packed_trees(engine, saved, protocol
     trainer = policy_after(saved, 3)
     give(engine, trainer)
     rollouts = sample(engine, protocol, temperature=temperature)
-    row = pack([to_tree(r, [0.0] * 3, [[0.0] * 2] * 3, BUDGETS) for r in rollouts])
+    row = pack([to_tree(r, torch.zeros(3), torch.zeros(3, 2), BUDGETS) for r in rollouts])
     assert not row.sampler_logp[row.trained].isnan().any()
     with torch.no_grad():
         gap = (token_logprobs(trainer, row, temperature) - row.sampler_logp)[row.trained].abs()
@@ -301,7 +304,7 @@ def test_evaluate_opens_one_engine_after_another(trained_model_path, tiny_model_
 def test_the_miniature_reaches_the_same_with_both_engines(tmp_path):
     """The engines draw different samples, so the runs differ; what they reach must not, beyond the noise of runs.
 
-    Compared by the mean reward of the last 20 steps, 2560 thinkings: a single evaluation moves by more from step to step.
+    Compared by the mean reward of the last 20 steps, 2560 rollouts: a single evaluation moves by more from step to step.
     """
     reached = {}
     for engine, processes in (("plain", 1), ("vllm", 1), ("vllm", 2)):

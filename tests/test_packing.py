@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tree import Branch, Tree, balance, dense_mask, is_visible, pack, token_logprobs
+from packing import Branch, Tree, balance, dense_mask, is_visible, pack, token_logprobs
 
 
 def other_architecture(name: str):
-    """A random tiny model of another family: nothing in tree.py knows Qwen2."""
+    """A random tiny model of another family: nothing in packing.py knows Qwen2."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     sizes = dict(vocab_size=49, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
@@ -99,7 +99,7 @@ def test_a_wrong_cut_would_be_noticed(model):
     tree = random_tree(random.Random(1), cuts=[4], thinking=9)
     right = token_logprobs(model, pack([tree]))
     row = pack([tree])
-    row.limit = torch.where(row.segment == 1, row.limit + 1, row.limit)
+    row.trunk_end = torch.where(row.branch == 1, row.trunk_end + 1, row.trunk_end)
     assert (token_logprobs(model, row) - right).abs().max() > 1e-3
 
 
@@ -127,7 +127,7 @@ def test_flex_mask_is_the_same_rule():
     row = pack([random_tree(random.Random(seed), thinking=60) for seed in range(4)], multiple=128)
     n = len(row.input_ids)
     assert n % 128 == 0
-    flex = create_mask(lambda b, h, q, k: is_visible(q, k, row.segment, row.trunk, row.limit), None, None, n, n, device="cpu")
+    flex = create_mask(lambda b, h, q, k: is_visible(q, k, row.branch, row.trunk, row.trunk_end), None, None, n, n, device="cpu")
     assert torch.equal(flex, dense_mask(row))
 
 
@@ -167,7 +167,7 @@ def test_row_by_hand():
 
 
 def test_bad_trees_and_models_are_refused(model, tiny_model_path):
-    with pytest.raises(ValueError, match="outside its thinking"):
+    with pytest.raises(ValueError, match="outside its thinking trace"):
         pack([Tree([1], [2, 3], [Branch(3, [4], [5])])])
     eager = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="eager")
     with pytest.raises(ValueError, match="cannot take a tree mask"):

@@ -1,0 +1,293 @@
+"""What generates the tokens: transformers anywhere, vLLM where it is fast.
+
+An engine is anything with
+
+    add(request)        queue one sequence to sample
+    step()              go on; the list of Outputs that are new
+    has_work()          is anything queued or running?
+    sync_weights(weights, version), version      take over the trainer's weights
+    close()
+
+PlainEngine finishes everything queued within one step(); VllmEngine (one in-process vLLM in every
+training process) samples one token of each running request per step(). Both sample a request from
+its own seed, so its tokens depend neither on what else is in the batch nor on the number of processes.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[int, ...]       # generation ends with (and returns) any of these
+    seed: int
+    temperature: float
+    stream: bool = False        # report tokens as they come, if the engine can
+
+
+@dataclass
+class Output:
+    id: str
+    tokens: list[int]           # new since the last Output of this request
+    logp: list[float]           # the sampler's log π of these tokens, at the request's temperature
+    finished: bool
+
+
+def require_engine(kind: str):
+    """ValueError where the engine cannot be made on this machine."""
+    if kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--engine vllm, but vLLM is not installed: "
+                         "pip install -r requirements-gpu.txt, or use --engine plain")
+
+
+def make_engine(kind: str, model_path: str, device: torch.device, max_length: int,
+                tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0):
+    """The engine by name, "plain" or "vllm". max_length: longest sequence in tokens, with prompt."""
+    if kind == "plain":
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return PlainEngine(model_path, device, dtype)
+    if kind == "vllm":
+        return VllmEngine(model_path, device, max_length, tensor_parallel_size, kv_cache_gb)
+    raise ValueError(f"unknown engine {kind!r}: use plain or vllm")
+
+
+# ------------------------------------------------------------------------------ transformers alone
+
+
+class PlainEngine:
+    """Batched sampling with a KV cache. Its own copy of the model, in `dtype` on `device`."""
+
+    def __init__(self, model_path: str, device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.float32, max_batch: int = 1024):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype,
+                                                          attn_implementation="sdpa")
+        self.model.to(device).eval().requires_grad_(False)
+        self.device, self.max_batch = device, max_batch
+        self.waiting: list[Request] = []
+        self.version = 0
+
+    def add(self, request: Request):
+        self.waiting.append(request)
+
+    def has_work(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list[Output]:
+        """Sample all that waits to its end, in batches of like prompt lengths (less padding)."""
+        waiting, self.waiting = sorted(self.waiting, key=lambda r: (len(r.prompt), r.id)), []
+        done = []
+        for i in range(0, len(waiting), self.max_batch):
+            done += self._generate(waiting[i:i + self.max_batch])
+        return done
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[Request]) -> list[Output]:
+        logits, cache, seen, position = self._prefill(batch)
+        # One uniform number per token, drawn ahead from the request's own seed: what else is in the
+        # batch cannot matter.
+        longest = max(r.max_tokens for r in batch)
+        uniform = torch.stack([uniforms(r.seed, longest) for r in batch]).to(self.device)
+        temperature = torch.tensor([[r.temperature] for r in batch], device=self.device)
+        outputs = [Output(r.id, [], [], True) for r in batch]
+        stop = [set(r.stop) for r in batch]
+        alive = list(range(len(batch)))             # batch rows still in the tensors, in order
+        for t in range(longest):
+            tokens, logp = sample_tokens(logits, temperature, uniform[:, t])
+            running = []
+            for row, (i, token, value) in enumerate(zip(alive, tokens.tolist(), logp.tolist())):
+                if i < 0:
+                    continue                        # finished earlier, not yet removed
+                outputs[i].tokens.append(token)
+                outputs[i].logp.append(value)
+                if token in stop[i] or len(outputs[i].tokens) >= batch[i].max_tokens:
+                    alive[row] = -1
+                else:
+                    running.append(row)
+            if not running:
+                break
+            if len(running) < 0.75 * len(alive):    # copying the cache costs: not at every token
+                keep = torch.tensor(running, device=self.device)
+                cache.batch_select_indices(keep)
+                tokens, seen, position = tokens[keep], seen[keep], position[keep]
+                uniform, temperature = uniform[keep], temperature[keep]
+                alive = [alive[row] for row in running]
+            position = position + 1
+            seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
+            out = self.model(input_ids=tokens[:, None], attention_mask=seen, position_ids=position,
+                             past_key_values=cache, use_cache=True)
+            logits = out.logits[:, -1]
+        return outputs
+
+    def _prefill(self, batch: list[Request]):
+        """(next-token logits, KV cache, attention mask, last position), one row per request."""
+        # Summaries of one cut share their whole prompt: each distinct one once, then copy its cache.
+        prompts = list(dict.fromkeys(r.prompt for r in batch))
+        index = {p: i for i, p in enumerate(prompts)}
+        owner = torch.tensor([index[r.prompt] for r in batch], device=self.device)
+        width = max(map(len, prompts))
+        padding = [width - len(p) for p in prompts]
+        ids = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)],
+                           device=self.device)
+        seen = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts)],
+                            device=self.device)
+        position = (seen.cumsum(-1) - 1).clamp_min(0)
+        out = self.model(input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True,
+                         logits_to_keep=1)
+        cache = out.past_key_values
+        cache.batch_select_indices(owner)
+        return out.logits[owner, -1], cache, seen[owner], position[owner, -1:]
+
+    @torch.no_grad()
+    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
+        """Copy the trainer's full tensors in; `version`: the training step they are of."""
+        own = self.model.state_dict()
+        for name, tensor in weights:
+            own.pop(name).copy_(tensor)
+        if own:
+            raise RuntimeError(f"weights never synced: {sorted(own)[:5]}")
+        self.version = version
+
+    def close(self):
+        pass
+
+
+def uniforms(seed: int, n: int) -> torch.Tensor:
+    """n numbers in [0, 1) that depend on the seed alone. [n], float64."""
+    return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor):
+    """Inverse-CDF sampling; temperature 0 is greedy.
+
+        token = min{ v : Σ_{w≤v} π_T(w) > u }
+
+    logits [N, V], temperature [N, 1], uniform u [N] in [0, 1) -> tokens [N], log π_T(token) [N].
+    Cumulated in float64: at V = 152k a float32 sum is off by more than many tokens' probability.
+    """
+    greedy = temperature[:, 0] == 0
+    logp = (logits.float() / torch.where(temperature == 0, 1.0, temperature)).log_softmax(-1)
+    cdf = logp.double().exp().cumsum(-1)
+    cdf = (cdf / cdf[:, -1:]).contiguous()
+    tokens = torch.searchsorted(cdf, uniform[:, None].contiguous(), right=True)[:, 0]
+    tokens = tokens.clamp_max(logits.shape[-1] - 1)
+    tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+
+
+# -------------------------------------------------------------------------------------------- vLLM
+
+
+class VllmEngine:
+    """One vLLM engine inside each process, stepped by hand through its public calls.
+
+    In-process, so that `sync_weights` hands it the trainer's tensors directly, and so that a summary
+    can be requested between two tokens of its thinking trace: it then finds its prompt in the prefix
+    cache. With tensor parallelism, the processes of a group submit the same requests in the same
+    order and stay in step by that alone.
+    """
+
+    def __init__(self, model_path: str, device: torch.device, max_length: int,
+                 tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0, slots: int = 512):
+        """`slots`: requests that run at a time (vLLM's default for this use, 128, is a server's)."""
+        if not torch.distributed.is_initialized():
+            # vLLM would make a group of its own, of one process, and all would sample on GPU 0.
+            raise RuntimeError("VllmEngine joins the processes that exist: call distributed.start() "
+                               "before building it")
+        on_gpu = device.type == "cuda"
+        # Before vLLM is imported, which is heavy and optional: hence here and not on top. Its
+        # background process would be out of our reach (and vLLM refuses it under torchrun).
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from vllm import EngineArgs, LLMEngine
+
+        # On CPUs: sequences are too short to share blocks of the default 128 tokens, or to pay for
+        # compilation; and a prompt split over two steps crashes when its request has a seed ("CPU
+        # Generator does not use offset").
+        on_cpu = {"block_size": 32, "enforce_eager": True, "enable_chunked_prefill": False}
+        self.engine = LLMEngine.from_engine_args(EngineArgs(
+            model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True,
+            use_tqdm_on_load=False, disable_log_stats=True, max_model_len=max_length,
+            max_num_seqs=slots, max_num_batched_tokens=max(8192, max_length),
+            # external_launcher: torchrun started the processes, vLLM joins them.
+            tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend="external_launcher",
+            # A fixed cache leaves the other memory to training; the share is a check at the start.
+            kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.5,
+            # processed: log π at the sampling temperature, which the trainer's ratio needs.
+            logprobs_mode="processed_logprobs", enable_prefix_caching=True,
+            seed=torch.distributed.get_rank() // tensor_parallel_size,
+            **({} if on_gpu else on_cpu)))
+        with torch.device("meta"):      # names only: no memory, no numbers
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        self.names = set(model.state_dict())
+        self.version = 0
+
+    def add(self, request: Request):
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+        self.engine.add_request(request.id, tokens_input(list(request.prompt)), SamplingParams(
+            # No top-p, top-k or penalties: they renormalise, and the sampler's log-probs would not
+            # be the policy's.
+            temperature=request.temperature, max_tokens=request.max_tokens, output_kind=kind,
+            # Without a seed vLLM draws from the trainer's generator, another one on each process.
+            seed=request.seed,
+            # The request's own stops alone decide; vLLM returns the stop token with the rest.
+            stop_token_ids=list(request.stop), ignore_eos=True, detokenize=False,
+            logprobs=0, flat_logprobs=True))    # of the sampled token alone
+
+    def has_work(self) -> bool:
+        return self.engine.has_unfinished_requests()
+
+    def step(self) -> list[Output]:
+        """One token for every running request. On GPUs vLLM runs a step ahead: it may return []."""
+        outputs = []
+        for out in self.engine.step():
+            (completion,) = out.outputs
+            logp = list(completion.logprobs.logprobs)
+            outputs.append(Output(out.request_id, list(completion.token_ids), logp, out.finished))
+        return outputs
+
+    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int):
+        """Reload all weights from the trainer's full tensors, in one call.
+
+        vLLM finishes each layer (fusing, packing) when its last tensor has come, so calls with a
+        part of them would leave layers half done, without an error.
+        """
+        if self.has_work():
+            raise RuntimeError("sync_weights while requests run: their next tokens would mix two "
+                               "policies. Step until has_work() is False")
+        self.engine.step()      # what vLLM scheduled ahead on a GPU, for requests that are over
+        missing = set(self.names)
+
+        def passing_through():
+            for name, tensor in weights:
+                missing.discard(name)
+                yield name, tensor
+
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": passing_through()})
+        if missing:     # vLLM only logs these
+            raise RuntimeError(f"weights never synced: {sorted(missing)[:5]}")
+        # Cached keys and values are the old policy's; kept, they are served silently to prompts
+        # seen before.
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM could not drop its prefix cache after a weight sync: "
+                               "old and new policy would mix")
+        self.version = version
+
+    def close(self):
+        """Shut down and free the memory. vLLM ends torch.distributed: nothing collective follows."""
+        torch.distributed.barrier()             # nobody leaves while another still samples
+        self.engine.engine_core.shutdown()      # LLMEngine itself has no shutdown

@@ -1,0 +1,123 @@
+"""What does a step tell us? One line on the terminal, one object in metrics.jsonl.
+
+The README explains each key: what it is, and which values are healthy.
+"""
+
+import json
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import brpo
+import distributed
+from config import Config
+from verifier import LOUD_FAILURE_SHARE, failure_share
+
+EXPECTED_RISE = 0.25            # of anytime accuracy, in the default run
+
+
+class Clock:
+    """Wall seconds per named part of a step."""
+
+    def __init__(self):
+        self.seconds, self.start = {}, time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[f"time/{name}"] = time.perf_counter() - start
+
+
+def log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, clock):
+    """Gather the step's numbers from all processes; the first one prints and writes them."""
+    stats = distributed.gather([{k: float(v) for k, v in s.items()} for s in stats])
+    graded = distributed.gather([verifier.take_stats()])
+    if distributed.rank() > 0:
+        return
+    grades = {k: sum(g[k] for g in graded) for k in graded[0]}
+    m = without_nan({
+        "step": step,
+        **rollout_metrics(c, rollouts, rewards, returns),
+        **update_metrics(stats, c.updates_per_step), "grad_norm": grad_norms,
+        **{f"verifier/{k}": v for k, v in grades.items()},
+        **clock.seconds, "time/step": time.perf_counter() - clock.start,
+    })
+    if torch.cuda.is_available():
+        m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    with (run.dir / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(m) + "\n")
+    bar.update()
+    tqdm.write(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
+               f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
+               f"loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  clip {m['clip_share']:.3f}  "
+               f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s")
+    if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:
+        tqdm.write(f"WARNING step {step}: {share:.1%} of the gradings failed and scored 0, which "
+                   f"biases rewards: {grades}")
+
+
+def rollout_metrics(c, rollouts, rewards, returns) -> dict:
+    """What was sampled and what it earned. rewards and returns [B, G, M]."""
+    lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])  # [B, G]
+    summaries = [s for r in rollouts for s in r.summaries]
+    prior = (rewards, returns, c.budget_prior.budgets, c.budget_prior.probs, c.decay)
+    over_all, over_trained = brpo.variance_diagnostics(*prior), brpo.variance_diagnostics(*prior,
+                                                                                          lengths)
+    return {
+        "anytime_reward": returns[..., 0].mean().item(),
+        "reward": rewards.mean((0, 1)).tolist(),
+        "thinking_tokens": lengths.float().mean().item(),
+        "summary_tokens": sum(len(s.tokens) for s in summaries) / len(summaries),
+        **{kind: sum(r.finish == kind for r in rollouts) / len(rollouts)
+           for kind in ("closed", "eos", "length")},
+        **{f"variance/{k}": v.tolist() for k, v in over_all.items()},
+        **{f"variance_trained/{k}": v.tolist() for k, v in over_trained.items()},
+    }
+
+
+def update_metrics(stats: list[dict], updates_per_step: int) -> dict:
+    """What the updates did: sums over the rows of all processes, per trained token."""
+    total = {k: sum(s[k] for s in stats) for k in stats[0]}
+    per_token = {k: total[k] / total["tokens"] for k in total}
+    return {
+        "loss": total["loss"] / updates_per_step,
+        "trained_tokens": total["tokens"],
+        "clip_share": per_token["clipped"],
+        "kl": per_token["kl"],
+        "sampler_gap": per_token["gap"],
+        "sampler_gap_max": max(s["gap_max"] for s in stats),
+        "sampler_gap_outside": per_token["gap_outside"],
+    }
+
+
+def without_nan(value):
+    """nan as null, all the way down: JSON has no nan, and strict readers refuse it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return [without_nan(v) for v in value] if isinstance(value, list) else value
+
+
+def report(c, output_dir: Path, history: list[dict]):
+    """The anytime curve before and after training, on the terminal."""
+    before, after = history[0], history[-1]
+    print("\nbudget  " + "".join(f"{b:>8}" for b in after["budgets"]) + "   anytime")
+    for name, e in (("before", before), ("after", after)):
+        print(f"{name:8}" + "".join(f"{a:8.3f}" for a in e["accuracy"])
+              + f"{e['anytime_accuracy']:10.3f}")
+    rise = after["anytime_accuracy"] - before["anytime_accuracy"]
+    default = replace(Config(), seed=c.seed, output_dir=c.output_dir, resume=c.resume)
+    if c == default:            # the default run, any seed
+        print(f"anytime accuracy rose by {rise:.3f}; expected: at least {EXPECTED_RISE} "
+              "(seeds 0-4: 0.414 to 0.467)"
+              + ("" if rise >= EXPECTED_RISE else "   << LESS THAN EXPECTED"))
+    print(f"wrote {output_dir}/: model/, metrics.jsonl, eval.json, anytime_curve.png")

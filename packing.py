@@ -1,0 +1,217 @@
+"""How does one thinking trace with all its summaries become one training row?
+
+All summaries of one trace share its prefix, so train on the tree instead of M·A copies of the
+prefix. A row is one flat sequence that holds one or more trees, here one tree with two cuts:
+
+    tokens     p p p t t t t t t  a s s  a a s s     p prompt, t thinking (together: the trunk)
+    position   0 1 2 3 4 5 6 7 8  5 6 7  9 . . .     a appended text, s summary (a branch)
+    trained    . . . x x x x x x  . x x  . . x x     only what the policy itself wrote
+
+A branch token attends to the trunk up to its cut and to its own branch, nothing else, and its
+positions continue from the cut: exactly what it saw when it was sampled. With 8000 thinking
+tokens, 4 budgets and 4 summaries a row has about 10,000 tokens instead of about 82,000, for the
+same log-probs and gradients up to rounding.
+
+T is the row's tokens, V the vocabulary, D the hidden size. This file works when copied alone, under
+any name but `tree.py`: torch's compiler never traces a file of that name (it takes it for the
+package dm-tree), so FlexAttention would fall back to dense scores of size T x T without a word.
+"""
+
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Branch:
+    """One appended text + summary, hanging off the trunk after `cut` thinking tokens."""
+
+    cut: int
+    appended: list[int]
+    summary: list[int]
+    advantage: float = 0.0      # one number for every summary token
+    sampler_logp: list[float] = field(default_factory=list)     # per summary token; empty: unknown
+
+
+@dataclass
+class Tree:
+    """One prompt with its thinking trace and the branches to train; token ids throughout."""
+
+    prompt: list[int]
+    thinking: list[int]
+    branches: list[Branch]
+    advantages: list[float] = field(default_factory=list)       # per thinking token; empty: all 0
+    sampler_logp: list[float] = field(default_factory=list)     # per thinking token; empty: unknown
+
+    def __len__(self) -> int:
+        branches = sum(len(b.appended) + len(b.summary) for b in self.branches)
+        return len(self.prompt) + len(self.thinking) + branches
+
+
+@dataclass
+class Row:
+    """A packed row; every tensor is [T]. Each trunk and each branch of the row has an id."""
+
+    input_ids: Tensor       # int64
+    position_ids: Tensor    # int64
+    branch: Tensor          # int64, id of the token's own branch (a trunk token: of its trunk)
+    trunk: Tensor           # int64, id of the trunk it hangs from (a trunk token: of its own)
+    trunk_end: Tensor       # int64, row index before which that trunk is visible to it
+    previous: Tensor        # int64, row index whose hidden state predicts this token
+    trained: Tensor         # bool, written by the policy: carries loss
+    advantages: Tensor      # float32, 0 where not trained
+    sampler_logp: Tensor    # float32, nan where unknown
+
+    def to(self, device) -> "Row":
+        return Row(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def pack(trees: list[Tree], multiple: int = 1) -> Row:
+    """Lay trees one after another into one row, padded to a `multiple` of tokens.
+
+    Masks and predecessors are carried from here and never rebuilt from token ids later: an
+    end-of-text that doubles as padding would be lost. Raises ValueError on a cut outside the trace.
+    """
+    columns = {name: [] for name in Row.__dataclass_fields__}
+    ids, new_id = columns["input_ids"], count()
+
+    def add(tokens, position, branch, trunk, trunk_end, previous,
+            trained=False, advantages=(), sampler_logp=()):
+        start, n = len(ids), len(tokens)
+        ids.extend(tokens)
+        columns["position_ids"].extend(range(position, position + n))
+        columns["branch"].extend([branch] * n)
+        columns["trunk"].extend([trunk] * n)
+        columns["trunk_end"].extend([trunk_end] * n)
+        columns["previous"].extend([previous, *range(start, start + n - 1)][:n])
+        columns["trained"].extend([trained] * n)
+        columns["advantages"].extend(advantages or [0.0] * n)
+        columns["sampler_logp"].extend(sampler_logp or [float("nan")] * n)
+
+    for tree in trees:
+        trunk, start = next(new_id), len(ids)
+        first_thinking = start + len(tree.prompt)
+        # The first prompt token has no predecessor; it is never trained, so any index will do.
+        add(tree.prompt, 0, trunk, trunk, start, start)
+        add(tree.thinking, len(tree.prompt), trunk, trunk, start, first_thinking - 1,
+            True, tree.advantages, tree.sampler_logp)
+        for b in tree.branches:
+            if not 0 <= b.cut <= len(tree.thinking):
+                raise ValueError(f"a branch is cut at {b.cut}, outside its thinking trace of "
+                                 f"{len(tree.thinking)} tokens")
+            branch, trunk_end = next(new_id), first_thinking + b.cut
+            position = len(tree.prompt) + b.cut
+            # The first branch token is predicted from the last trunk token that it can see ...
+            add(b.appended, position, branch, trunk, trunk_end, trunk_end - 1)
+            # ... and the summary's first from the appended text's last, its neighbour in the row.
+            add(b.summary, position + len(b.appended), branch, trunk, trunk_end,
+                len(ids) - 1 if b.appended else trunk_end - 1,
+                True, [b.advantage] * len(b.summary), b.sampler_logp)
+    # Padding is one more trunk that sees only itself: an empty softmax row would be nan.
+    padding = next(new_id)
+    add([0] * (-len(ids) % multiple), 0, padding, padding, 0, 0)
+
+    dtypes = {"trained": torch.bool, "advantages": torch.float32, "sampler_logp": torch.float32}
+    return Row(**{name: torch.tensor(values, dtype=dtypes.get(name, torch.int64))
+                  for name, values in columns.items()})
+
+
+def is_visible(q, k, branch: Tensor, trunk: Tensor, trunk_end: Tensor):
+    """May token q attend to token k?  The one rule behind both masks:
+
+        k ≤ q  and  ( branch_k = branch_q   or   branch_k = trunk_q and k < trunk_end_q )
+
+    The second half lets a branch see its trunk up to the cut. q, k: row indices that broadcast.
+    """
+    in_own_branch = branch[k] == branch[q]
+    in_trunk_before_cut = (branch[k] == trunk[q]) & (k < trunk_end[q])
+    return (k <= q) & (in_own_branch | in_trunk_before_cut)
+
+
+def dense_mask(row: Row) -> Tensor:
+    """[1, 1, T, T] bool, True = attend; for scaled_dot_product_attention. Memory T²: short rows.
+
+    Bool is what sdpa wants; transformers' `eager` attention would add it to the scores as 0 and 1.
+    """
+    index = torch.arange(len(row.input_ids), device=row.input_ids.device)
+    q, k = index[:, None], index[None, :]
+    return is_visible(q, k, row.branch, row.trunk, row.trunk_end)[None, None]
+
+
+def flex_mask(row: Row):
+    """The same rule as a BlockMask for FlexAttention, which skips blocks where nothing is visible.
+
+    The row's length must be a multiple of 128, FlexAttention's block size.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Local tensors instead of `row`: the compiler turns captured tensors into inputs of the graph,
+    # and so need not compile again for every row.
+    branch, trunk, trunk_end = row.branch, row.trunk, row.trunk_end
+    n = len(row.input_ids)
+
+    def rule(batch, head, q, k):
+        return is_visible(q, k, branch, trunk, trunk_end)
+
+    return create_block_mask(rule, None, None, n, n, device=row.input_ids.device)
+
+
+def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024) -> Tensor:
+    """log π_T(token_t | what it saw) for every trained token; 0 elsewhere. [T], float32.
+
+        logp_t = h_t·W_{token_t} / T - logsumexp_v( h_t·W_v / T )     h_t: hidden state at previous_t
+
+    The mask follows the model's attention implementation: FlexAttention where it was loaded with it
+    (GPU), dense with sdpa elsewhere. Logits exist for `chunk` tokens at a time and are recomputed
+    in backward, so no [T, V] tensor is ever held: at V = 152k and 30k tokens, 18 GB in float32.
+    """
+    implementation = model.config._attn_implementation
+    if implementation not in ("flex_attention", "sdpa"):
+        raise ValueError(f"attention {implementation!r} cannot take a tree mask: load the model "
+                         "with attn_implementation='sdpa' or 'flex_attention'")
+    mask = flex_mask(row) if implementation == "flex_attention" else dense_mask(row)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    hidden = decoder(input_ids=row.input_ids[None], position_ids=row.position_ids[None],
+                     attention_mask=mask, use_cache=False).last_hidden_state[0]         # [T, D]
+
+    def chunk_logprobs(h: Tensor, targets: Tensor) -> Tensor:
+        logits = head(h).float() / temperature                                          # [chunk, V]
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    where = row.trained.nonzero()[:, 0]
+    h, targets = hidden[row.previous[where]], row.input_ids[where]
+    parts = [checkpoint(chunk_logprobs, h[i:i + chunk], targets[i:i + chunk], use_reentrant=False)
+             for i in range(0, len(where), chunk)]
+    out = torch.zeros(len(row.input_ids), device=hidden.device)
+    if not parts:
+        # `+ 0 · hidden` keeps a row without trained tokens attached to the graph: under FSDP every
+        # process must run the same backward, also the one whose share of the batch is empty.
+        return out + 0.0 * hidden.float().sum()
+    return out.index_copy(0, where, torch.cat(parts))
+
+
+def balance(lengths: list[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Deal whole trees to processes and rows: result[rank][row] lists indices into `lengths`.
+
+    Longest first, each to the process with the fewest tokens so far; within a process, the first
+    row with room. Every process gets the same number of rows (empty ones at the end), since
+    collectives come in step. A tree longer than max_tokens gets a row of its own. Deterministic:
+    all processes compute the same plan.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    load = [0] * num_ranks
+    plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    for i in order:
+        rank = load.index(min(load))
+        load[rank] += lengths[i]
+        for row in plan[rank]:
+            if sum(lengths[k] for k in row) + lengths[i] <= max_tokens:
+                row.append(i)
+                break
+        else:
+            plan[rank].append([i])
+    rows = max(len(p) for p in plan)
+    return [p + [[] for _ in range(rows - len(p))] for p in plan]
