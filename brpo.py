@@ -78,8 +78,8 @@ def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs:
         brpo  V        progress  V1        group  V2        none  0
     """
     if baseline in ("brpo", "group") and returns.shape[1] < 2:
-        raise ValueError(f"baseline {baseline!r} compares rollouts of one question and needs G >= 2, "
-                         f"got G = {returns.shape[1]}: raise num_rollouts, or use baseline progress")
+        raise ValueError(f"baseline {baseline!r} compares rollouts of one question and needs "
+                         f"G >= 2, got G = {returns.shape[1]}: raise num_rollouts, or use progress")
     if baseline == "brpo":
         return brpo_baseline(rewards, returns, budgets, probs, decay)
     if baseline == "progress":
@@ -132,22 +132,24 @@ def summary_advantages(scores: Tensor, cuts: Tensor) -> Tensor:
     """
     if scores.shape[-1] == 1:
         return scores - scores.mean(dim=1, keepdim=True)
-    same_cut = (cuts[..., :, None] == cuts[..., None, :]).to(scores)                    # [B, G, M, M]
-    of_budget = scores.mean(-1, keepdim=True)                                           # [B, G, M, 1]
-    baseline = same_cut @ of_budget / same_cut.sum(-1, keepdim=True)                    # [B, G, M, 1]
+    same_cut = (cuts[..., :, None] == cuts[..., None, :]).to(scores)        # [B, G, M, M]
+    of_budget = scores.mean(-1, keepdim=True)                               # [B, G, M, 1]
+    baseline = same_cut @ of_budget / same_cut.sum(-1, keepdim=True)        # [B, G, M, 1]
     return scores - baseline
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, denominator: float,
-                clip: float = 0.2, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
+                denominator: float, clip: float = 0.2,
+                weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy gradient, summed over trained tokens and divided by a constant.
 
-        L = -(1/D) Σ_t w_t · min( ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t )    ρ_t = exp(logp_t - old_logp_t)
+        L = -(1/D) Σ_t w_t · min( ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t )
+        ρ_t = exp(logp_t - old_logp_t)
 
     D = sequences × maximum response length, one number for the whole update: dividing by the tokens
-    at hand instead would make every token of a short batch weigh more, and make the result depend on
-    how rows are split into micro-batches or over processes. w is the detached `sampler_weight`, or 1.
-    No KL term, no entropy bonus.
+    at hand instead would make every token of a short batch weigh more, and make the result depend
+    on how rows are split into micro-batches or over processes. w is the detached `sampler_weight`,
+    or 1. No KL term, no entropy bonus.
 
     All tensors [T]. Returns the scalar loss and sums over trained tokens (sums, so that they can be
     added over micro-batches and processes before dividing by `tokens`).
@@ -185,7 +187,8 @@ def sampler_weight(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor
 def sampler_gap(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """How far the sampler's log-probs are from the trainer's, over trained tokens.
 
-        gap_t = |old_logp_t - sampler_logp_t|    outside: exp(old_logp_t - sampler_logp_t) ∉ [0.9, 1.1]
+        gap_t = |old_logp_t - sampler_logp_t|
+        outside: exp(old_logp_t - sampler_logp_t) ∉ [0.9, 1.1]
 
     All tensors [T]. Returns sums, and the largest gap.
     """
@@ -209,7 +212,7 @@ def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Numbers, pro
     """
     has_tokens = torch.ones_like(returns, dtype=torch.bool)
     if thinking_lengths is not None:
-        has_tokens = thinking_lengths[..., None] > segment_starts(budgets)              # |z| > b_{j-1}
+        has_tokens = thinking_lengths[..., None] > segment_starts(budgets)      # |z| > b_{j-1}
     # Not by name through thinking_baseline: a diagnostic need not refuse G = 1.
     baselines = {"progress": progress_baseline(rewards, probs, decay),
                  "group": group_baseline(returns),

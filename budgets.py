@@ -4,9 +4,10 @@ Anytime reasoning maximises the expected reward over a *prior on thinking budget
 
     J(θ) = E_{x, z ~ π(·|x)}  E_{b ~ p_B}  E_{y ~ π(·|x, z_≤b)} [ r(x, y) ]
 
-z is the thinking trace, z_≤b its first b tokens, y the summary that states the answer after them. p_B
-has the finite support b_1 < ... < b_M with probabilities P_1..P_M. This file knows only integers and
-probabilities: no tokens, no text, no tensors. It works when copied alone into an empty folder.
+z is the thinking trace, z_≤b its first b tokens, y the summary that states the answer after them.
+p_B has the finite support b_1 < ... < b_M with probabilities P_1..P_M. This file knows only
+integers and probabilities: no tokens, no text, no tensors. It works when copied alone into an empty
+folder.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ class BudgetPrior:
     """p_B: the support b_1 < ... < b_M (in thinking tokens) and the probabilities P_1..P_M.
 
     Any spacing and any probabilities are allowed; `make` gives the paper's three. Validated on
-    creation, so whoever holds one need not check again. Raises ValueError naming the field and the fix.
+    creation, so whoever holds one need not check again. Raises ValueError naming the field and the
+    fix.
     """
 
     budgets: tuple[int, ...]
@@ -26,9 +28,9 @@ class BudgetPrior:
     def __post_init__(self):
         b, p = self.budgets, self.probs
         if not b:
-            raise ValueError("budgets is empty: give at least one thinking budget, such as (2000, 4000)")
+            raise ValueError("budgets is empty: give at least one thinking budget, as in (2000,)")
         if any(int(x) != x or x < 1 for x in b):
-            raise ValueError(f"budgets {list(b)}: every budget must be a whole number of tokens >= 1")
+            raise ValueError(f"budgets {list(b)}: each must be a whole number of tokens >= 1")
         if any(left >= right for left, right in zip(b, b[1:])):
             raise ValueError(f"budgets {list(b)} are not increasing: sort them and drop duplicates")
         if len(p) != len(b):
@@ -56,7 +58,8 @@ class BudgetPrior:
 
 
 def prior_probs(kind: str, budgets: tuple[int, ...]) -> tuple[float, ...]:
-    """P_1..P_M of the named prior on any list of budgets (see `BudgetPrior.make` for the formulas)."""
+    """P_1..P_M of the named prior on any list of budgets (see `BudgetPrior.make` for the
+    formulas)."""
     m = len(budgets)
     if kind == "uniform":
         return (1 / m,) * m
@@ -72,7 +75,7 @@ def cut_lengths(thinking_length: int, budgets: tuple[int, ...]) -> list[int]:
 
         cut_j = min(b_j, |z|)
 
-    Budgets past the end of the trace share one cut. They are kept, not skipped: each still draws its
-    own A summaries, so every (rollout, budget) has scores of its own.
+    Budgets past the end of the trace share one cut. They are kept, not skipped: each still draws
+    its own A summaries, so every (rollout, budget) has scores of its own.
     """
     return [min(b, thinking_length) for b in budgets]

@@ -150,7 +150,8 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
 
     @property
     def response_length(self) -> int:
-        """The maximum response length in the loss's denominator: one trace and all its summaries."""
+        """The maximum response length in the loss's denominator: one trace and all its
+        summaries."""
         budgets = self.budget_prior.budgets
         sequences = len(budgets) * self.num_summaries + 1
         return self.max_response_length or budgets[-1] + sequences * self.max_summary_tokens
@@ -254,7 +255,7 @@ def check(config: Config, world_size: int = 1) -> None:
     largest = c.budget_prior.budgets[-1]
     if not c.eval_budgets and c.num_eval_budgets > largest:
         raise ValueError(f"--num-eval-budgets {c.num_eval_budgets}: only {largest} tokens to share")
-    c.evaluation_budgets    # increasing, positive
+    _ = c.evaluation_budgets        # raises where they do not increase
     if 0 < c.max_response_length < largest:
         raise ValueError(f"--max-response-length {c.max_response_length} is below the largest "
                          f"budget {largest}: raise it, or leave it out")
@@ -293,8 +294,8 @@ def batch_arithmetic(config: Config, world_size: int) -> str:
         f"{c.preset} · {c.experiment} · seed {c.seed} · {world_size} process(es), "
         f"{samplers} sampler(s) -> {c.output_dir}",
         f"  budgets b_j   {budgets}   P_j {probs}   baseline {c.baseline}",
-        f"  a step        {c.questions_per_step} questions × G {c.num_rollouts} = {traces} thinking "
-        f"traces of up to {prior.budgets[-1]} tokens, × M {m} × A {c.num_summaries} = "
+        f"  a step        {c.questions_per_step} questions × G {c.num_rollouts} = {traces} "
+        f"thinking traces of up to {prior.budgets[-1]} tokens, × M {m} × A {c.num_summaries} = "
         f"{traces * m * c.num_summaries} summaries of up to {c.max_summary_tokens}",
         f"  an update     {c.questions_per_step // c.updates_per_step} questions, "
         f"{c.updates_per_step} updates a step; loss denominator {traces // c.updates_per_step} × "

@@ -1,8 +1,8 @@
 """Where do questions come from?
 
-A row is a question with its ground truth. Rows are read from a local .json, .jsonl or .parquet file,
-from a named set on the Hugging Face hub, or made by the miniature; checked one by one; and turned
-into prompts by the model's own tokenizer. Their order is a function of (seed, step) alone.
+A row is a question with its ground truth. Rows are read from a local .json, .jsonl or .parquet
+file, from a named set on the Hugging Face hub, or made by the miniature; checked one by one; and
+turned into prompts by the model's own tokenizer. Their order is a function of (seed, step) alone.
 """
 
 import json
@@ -63,8 +63,9 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
                              f"{answer_field!r}, got {str(record)[:60]!r}")
         for name in (question_field, answer_field):
             if name not in record:
-                raise ValueError(f"{path}, {where}: no field {name!r} (it has {', '.join(record)}): "
-                                 "name the right ones with --question-field and --answer-field")
+                raise ValueError(f"{path}, {where}: no field {name!r} (it has "
+                                 f"{', '.join(record)}): name the right ones with --question-field "
+                                 "and --answer-field")
         question, truth = record[question_field], record[answer_field]
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{path}, {where}: {question_field!r} is not a text: "

@@ -13,8 +13,12 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from packing import token_logprobs
 
@@ -79,10 +83,10 @@ def start() -> torch.device:
         # A prefix of its own for each start: torchrun's store outlives a group that has ended, and
         # still holds the addresses of its members.
         starts = store.add(f"starts-{rank()}", 1)
+        store = dist.PrefixStore(f"start-{starts}", store)
         # Two hours: one process may verify or evaluate long while the others wait.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore(f"start-{starts}", store),
-            rank=rank(), world_size=world_size(), timeout=timedelta(hours=2))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank(),
+                                world_size=world_size(), timeout=timedelta(hours=2))
     return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
 
 

@@ -10,7 +10,8 @@ An engine is anything with
 
 PlainEngine finishes everything queued within one step(); VllmEngine (one in-process vLLM in every
 training process) samples one token of each running request per step(). Both sample a request from
-its own seed, so its tokens depend neither on what else is in the batch nor on the number of processes.
+its own seed, so its tokens depend neither on what else is in the batch nor on the number of
+processes.
 """
 
 import importlib.util
@@ -49,7 +50,8 @@ def require_engine(kind: str):
 
 def make_engine(kind: str, model_path: str, device: torch.device, max_length: int,
                 tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0):
-    """The engine by name, "plain" or "vllm". max_length: longest sequence in tokens, with prompt."""
+    """The engine by name, "plain" or "vllm". max_length: longest sequence in tokens, with
+    prompt."""
     if kind == "plain":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         return PlainEngine(model_path, device, dtype)
@@ -129,7 +131,8 @@ class PlainEngine:
 
     def _prefill(self, batch: list[Request]):
         """(next-token logits, KV cache, attention mask, last position), one row per request."""
-        # Summaries of one cut share their whole prompt: each distinct one once, then copy its cache.
+        # Summaries of one cut share their whole prompt: each distinct one once, then copy its
+        # cache.
         prompts = list(dict.fromkeys(r.prompt for r in batch))
         index = {p: i for i, p in enumerate(prompts)}
         owner = torch.tensor([index[r.prompt] for r in batch], device=self.device)
@@ -189,19 +192,20 @@ def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, uniform: torc
 class VllmEngine:
     """One vLLM engine inside each process, stepped by hand through its public calls.
 
-    In-process, so that `sync_weights` hands it the trainer's tensors directly, and so that a summary
-    can be requested between two tokens of its thinking trace: it then finds its prompt in the prefix
-    cache. With tensor parallelism, the processes of a group submit the same requests in the same
-    order and stay in step by that alone.
+    In-process, so that `sync_weights` hands it the trainer's tensors directly, and so that a
+    summary can be requested between two tokens of its thinking trace: it then finds its prompt in
+    the prefix cache. With tensor parallelism, the processes of a group submit the same requests in
+    the same order and stay in step by that alone.
     """
 
     def __init__(self, model_path: str, device: torch.device, max_length: int,
                  tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0, slots: int = 512):
-        """`slots`: requests that run at a time (vLLM's default for this use, 128, is a server's)."""
+        """`slots`: requests that run at a time (vLLM's default for this use, 128, is a
+        server's)."""
         if not torch.distributed.is_initialized():
             # vLLM would make a group of its own, of one process, and all would sample on GPU 0.
-            raise RuntimeError("VllmEngine joins the processes that exist: call distributed.start() "
-                               "before building it")
+            raise RuntimeError("VllmEngine joins the processes that exist: call "
+                               "distributed.start() before building it")
         on_gpu = device.type == "cuda"
         # Before vLLM is imported, which is heavy and optional: hence here and not on top. Its
         # background process would be out of our reach (and vLLM refuses it under torchrun).
@@ -288,6 +292,7 @@ class VllmEngine:
         self.version = version
 
     def close(self):
-        """Shut down and free the memory. vLLM ends torch.distributed: nothing collective follows."""
+        """Shut down and free the memory. vLLM ends torch.distributed: nothing collective
+        follows."""
         torch.distributed.barrier()             # nobody leaves while another still samples
         self.engine.engine_core.shutdown()      # LLMEngine itself has no shutdown

@@ -162,7 +162,7 @@ def flex_mask(row: Row):
 def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024) -> Tensor:
     """log π_T(token_t | what it saw) for every trained token; 0 elsewhere. [T], float32.
 
-        logp_t = h_t·W_{token_t} / T - logsumexp_v( h_t·W_v / T )     h_t: hidden state at previous_t
+        logp_t = h_t·W_{token_t} / T - logsumexp_v( h_t·W_v / T )    h_t: hidden state at previous_t
 
     The mask follows the model's attention implementation: FlexAttention where it was loaded with it
     (GPU), dense with sdpa elsewhere. Logits exist for `chunk` tokens at a time and are recomputed

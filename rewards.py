@@ -1,9 +1,9 @@
 r"""What does a segment of thinking earn?
 
-A rollout is a thinking trace z, cut at the budgets b_1 < ... < b_M, and A summaries y at every cut. A
-summary scores r(x, y) = 1 if its answer is the ground truth and the text closes its thinking exactly
-once, else 0. Whether an answer *is* the ground truth is another question (verifier.py, or a reward
-function of your own); here is where the answer stands, and what the scores add up to:
+A rollout is a thinking trace z, cut at the budgets b_1 < ... < b_M, and A summaries y at every cut.
+A summary scores r(x, y) = 1 if its answer is the ground truth and the text closes its thinking
+exactly once, else 0. Whether an answer *is* the ground truth is another question (verifier.py, or a
+reward function of your own); here is where the answer stands, and what the scores add up to:
 
     score    r(x, y)      of one summary                                       [B, G, M, A]
     reward   r_j          mean of the A scores at budget j                     [B, G, M]
@@ -27,9 +27,10 @@ def answer_paragraph(summary: str) -> str:
 
         "\boxed{4}.\n\nWait, let me check: ... \boxed{5}"   ->   "\boxed{4}."
 
-    `summary` is what the policy wrote behind the answer header. What follows the first paragraph would
-    be more thinking, outside of the budget: were it graded, accuracy at budget b would no longer mean
-    accuracy after b tokens of thinking. Blank lines directly behind the header are forgiven.
+    `summary` is what the policy wrote behind the answer header. What follows the first paragraph
+    would be more thinking, outside of the budget: were it graded, accuracy at budget b would no
+    longer mean accuracy after b tokens of thinking. Blank lines directly behind the header are
+    forgiven.
     """
     return BLANK_LINE.split(summary.strip(), maxsplit=1)[0].rstrip()
 
@@ -38,9 +39,9 @@ def has_one_think_end(thinking: str, appended: str, summary: str,
                       think_end: str = "</think>") -> bool:
     """The format rule: the whole text holds exactly one </think>.
 
-    It is the trace's own where the trace closed itself, the appended one where it was cut; the summary
-    must not add another, which would be a second round of thinking. Text, not token ids: a policy can
-    also spell </think> in several smaller tokens.
+    It is the trace's own where the trace closed itself, the appended one where it was cut; the
+    summary must not add another, which would be a second round of thinking. Text, not token ids: a
+    policy can also spell </think> in several smaller tokens.
     """
     return (thinking + appended + summary).count(think_end) == 1
 
@@ -60,9 +61,9 @@ def cumulative_returns(rewards: Tensor, probs: Sequence[float] | Tensor) -> Tens
 
         R_j = Σ_{k≥j} P_k r_k
 
-    A token behind b_{j-1} cannot change what the trace was worth when it was cut there or earlier, so
-    only rewards at budgets j..M are credited to segment j. R_1 is the anytime objective's estimate.
-    rewards [B, G, M], probs [M] -> [B, G, M].
+    A token behind b_{j-1} cannot change what the trace was worth when it was cut there or earlier,
+    so only rewards at budgets j..M are credited to segment j. R_1 is the anytime objective's
+    estimate. rewards [B, G, M], probs [M] -> [B, G, M].
     """
     weighted = rewards * torch.as_tensor(probs, dtype=rewards.dtype, device=rewards.device)
     return weighted.flip(-1).cumsum(-1).flip(-1)

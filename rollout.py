@@ -3,7 +3,8 @@
     sample z_1..z_G ~ π(·|x), at most b_M tokens each
     whenever z crosses a budget b_j, or ends before it:
         cut          z_≤b_j, of min(b_j, |z|) tokens
-        append       "...\\n\\n...\\n\\n</think>" unless z closed itself, then "\\n\\n**Final Answer**\\n"
+        append       "...\\n\\n...\\n\\n</think>" unless z closed itself,
+                     then "\\n\\n**Final Answer**\\n"
         sample       y_{j,1}..y_{j,A} ~ π(·|x, z_≤b_j, appended), and grade each when it is complete
 
 `sample_rollouts` is this algorithm on any engine (engines.py). On vLLM the summaries are sampled
@@ -54,14 +55,14 @@ class Protocol:
             raise ValueError(f"the tokenizer of {name} writes {THINK_END} as {len(think_end)} "
                              "tokens: use a reasoning model that has it as one (R1-Distill, Qwen3)")
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {name} has no end-of-text token, so summaries would "
-                             "never end: set eos_token")
+            raise ValueError(f"the tokenizer of {name} has no end-of-text token, so summaries "
+                             "would never end: set eos_token")
         made = cls(think_end[0], tuple(sorted({tokenizer.eos_token_id, *eos})), encode(CUT_TEXT),
                    encode(ANSWER_HEADER), max_summary_tokens)
         longest = len(made.cut_text) + len(made.answer_header)
         if longest >= max_summary_tokens:
-            raise ValueError(f"max_summary_tokens {max_summary_tokens} leaves no room for an answer "
-                             f"behind the {longest} appended tokens: raise it above {longest}")
+            raise ValueError(f"max_summary_tokens {max_summary_tokens} leaves no room for an "
+                             f"answer behind the {longest} appended tokens: raise it above {longest}")
         return made
 
 
@@ -109,7 +110,7 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
     seed: the leading part of every random key, (seed, step). Returns B·G rollouts ordered by
     (question, sample).
     """
-    rollouts = [Rollout(question, sample) for question in questions for sample in range(num_rollouts)]
+    rollouts = [Rollout(q, sample) for q in questions for sample in range(num_rollouts)]
     thinking: dict[str, Rollout] = {}                       # request id -> whose trace it is
     summarising: dict[str, tuple[Rollout, Summary]] = {}    # request id -> whose summary it is
 
@@ -163,7 +164,8 @@ def extend_thinking(r: Rollout, out: Output, protocol: Protocol):
 
 def due_summaries(r: Rollout, budgets: tuple[int, ...], num_summaries: int,
                   protocol: Protocol) -> list[Summary]:
-    """The new, empty summaries of every budget that the trace has crossed or can no longer reach."""
+    """The new, empty summaries of every budget that the trace has crossed or can no longer
+    reach."""
     due = []
     for j in range(len(r.summaries) // num_summaries, len(budgets)):
         # A trace that still runs at exactly b_j tokens is going to be longer, hence cut there.
@@ -180,9 +182,11 @@ def due_summaries(r: Rollout, budgets: tuple[int, ...], num_summaries: int,
 def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, Summary], Any]:
     """grade(rollout, summary) -> a future of its score, or None where the format rule says 0."""
     def decode(ids) -> str:
-        return tokenizer.decode([i for i in ids if i not in protocol.eos], skip_special_tokens=False)
+        ids = [i for i in ids if i not in protocol.eos]
+        return tokenizer.decode(ids, skip_special_tokens=False)
 
-    # The A summaries of a cut share its thinking, which can be long; caching answers brings nothing.
+    # The A summaries of a cut share its thinking, which can be long; caching answers brings
+    # nothing.
     decode_thinking = lru_cache(maxsize=256)(decode)
 
     def grade(rollout: Rollout, summary: Summary):

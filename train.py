@@ -9,10 +9,10 @@
         train.py --preset paper-8k                          2 machines (the same line on both)
     ... --resume auto                                       go on after a crash, the same numbers
 
-The default run warm-starts a tiny model on arithmetic with wasteful thinking traces, then raises its
-accuracy at every budget. A run leaves in <output_dir>: config.json, metrics.jsonl (a line a step),
-eval.json, anytime_curve.png (before and after), model/ (Hugging Face layout), checkpoints/ and
-rollouts/ (since the newest of them). config.py holds every constant.
+The default run warm-starts a tiny model on arithmetic with wasteful thinking traces, then raises
+its accuracy at every budget. A run leaves in <output_dir>: config.json, metrics.jsonl (a line a
+step), eval.json, anytime_curve.png (before and after), model/ (Hugging Face layout), checkpoints/
+and rollouts/ (since the newest of them). config.py holds every constant.
 
 Departures from the paper, and from the authors' code where the two differ:
  1. The sampler correction min(exp(old - sampler), C) is on, C = 2; --sampler-cap 0 is the paper.
@@ -21,7 +21,8 @@ Departures from the paper, and from the authors' code where the two differ:
  4. Summaries that are not trained (GRPO's variants) are sampled and graded, but not in the update.
  5. A trace that ends in end-of-text scores 0 and is asked for no summary; the authors' code asks.
  6. Grading is by math-verify behind our own rules (verifier.py), not by string form and sympy.
- 7. A summary token weighs as much as a thinking token in the authors' code and in the paper presets;
+ 7. A summary token weighs as much as a thinking token in the authors' code and in the paper
+ presets;
     in the miniature, whose traces are short, 1/(M·A) of it (--summary-loss mean).
  8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at
     the paper's 0.6.
@@ -107,7 +108,8 @@ def train(c: Config):
             updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
                             for row in plan])
 
-        # log-probs under the weights that sampled, from the trainer itself, in the update's own rows
+        # log-probs under the weights that sampled, from the trainer itself, in the update's own
+        # rows
         with clock("old_logp"), torch.no_grad():
             old_logps = [[model.token_logprobs(row, c.temperature) for row in rows]
                          for rows in updates]
@@ -251,7 +253,8 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
 
 
 def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
-    """The anytime curve of this step, into eval.json and the picture, unless a resumed run has it."""
+    """The anytime curve of this step, into eval.json and the picture, unless a resumed run has
+    it."""
     if any(e["step"] == step for e in run.history):
         return
     curve = anytime_curve(engine, run.eval_sets, c.evaluation_budgets, c.eval_samples, run.protocol,

@@ -1,14 +1,17 @@
-"""Streaming dispatch against two phases, on the vLLM engine: engine steps, time, and when the first summary is ready.
+"""Streaming dispatch against two phases, on the vLLM engine: engine steps, time, and when the first
+summary is ready.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_streaming.py              # 32 and 512 slots, about two minutes of one CPU core
     python benchmarks/bench_streaming.py --slots 64 --max-budget 1024
 
-Streaming asks for a thinking's summaries when it crosses a budget, while it thinks on; two-phase asks when all thinkings have
-ended (sample_rollouts, streaming=False). Both sample the same tokens, which is checked here in every repeat. Lengths are skewed like
-those of a reasoning model: exponential with a third of the largest budget as mean, about one thinking in twenty hits it. They are
-imposed, and weights are random, so only the timing means anything. Both sides run in turn in one process; ratios are
-medians over repeats of streaming / two-phase, each repeat against its own neighbour. Steps do not depend on the machine; wall
-time does, on a busy one badly, so the process's CPU time (one thread) stands beside it.
+Streaming asks for a thinking's summaries when it crosses a budget, while it thinks on; two-phase
+asks when all thinkings have ended (sample_rollouts, streaming=False). Both sample the same tokens,
+which is checked here in every repeat. Lengths are skewed like those of a reasoning model:
+exponential with a third of the largest budget as mean, about one thinking in twenty hits it. They
+are imposed, and weights are random, so only the timing means anything. Both sides run in turn in
+one process; ratios are medians over repeats of streaming / two-phase, each repeat against its own
+neighbour. Steps do not depend on the machine; wall time does, on a busy one badly, so the process's
+CPU time (one thread) stands beside it.
 """
 
 import argparse
@@ -32,7 +35,8 @@ from rollout import Protocol, VllmEngine, sample_rollouts  # noqa: E402
 
 
 class Imposed:
-    """The engine, with every thinking given its length beforehand, and a record of what happened at which step."""
+    """The engine, with every thinking given its length beforehand, and a record of what happened at
+    which step."""
 
     def __init__(self, engine, lengths: dict[str, int]):
         self.engine, self.lengths = engine, lengths
@@ -64,25 +68,56 @@ def write_model(path: Path, context: int):
 
 
 def compare(engine, questions, budgets, rollouts, summaries, protocol, lengths, repeats):
-    """Runs of both sides in turn: {side: [(steps, wall seconds, CPU seconds, first summary's step, last thinking's step)]}."""
+    """Runs of both sides in turn: {side: [(steps, wall seconds, CPU seconds, first summary's step,
+    last thinking's step)]}."""
     runs = {"streaming": [], "two-phase": []}
     for repeat in range(repeats + 1):
         said = {}
         for side in list(runs) if repeat % 2 else list(runs)[::-1]:
-            assert engine.engine.reset_prefix_cache()       # neither side finds what the other computed
-            counted, start, cpu_start = Imposed(engine, lengths), time.perf_counter(), time.process_time()
-            done = sample_rollouts(counted, questions, budgets, rollouts, summaries, protocol, 1.0, (0, repeat), streaming=side == "streaming")
+            assert engine.engine.reset_prefix_cache()  # neither side finds what the other computed
+            counted, start, cpu_start = (
+                Imposed(engine, lengths),
+                time.perf_counter(),
+                time.process_time(),
+            )
+            done = sample_rollouts(
+                counted,
+                questions,
+                budgets,
+                rollouts,
+                summaries,
+                protocol,
+                1.0,
+                (0, repeat),
+                streaming=side == "streaming",
+            )
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             said[side] = [(r.thinking, [s.tokens for s in r.summaries]) for r in done]
-            if repeat:      # the first one warms up
-                runs[side].append((counted.steps, seconds, cpu_seconds, counted.first_summary, counted.last_thinking))
+            if repeat:  # the first one warms up
+                runs[side].append(
+                    (
+                        counted.steps,
+                        seconds,
+                        cpu_seconds,
+                        counted.first_summary,
+                        counted.last_thinking,
+                    )
+                )
         assert said["streaming"] == said["two-phase"], "the two sides must sample the same tokens"
     return runs
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slots", type=int, nargs="+", default=[32, 512], help="requests that run at a time, one table row each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--slots",
+        type=int,
+        nargs="+",
+        default=[32, 512],
+        help="requests that run at a time, one table row each",
+    )
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--budgets", type=int, default=4, help="M, evenly spaced")
@@ -95,14 +130,23 @@ def main():
     prompt_tokens = 32
     longest = prompt_tokens + a.max_budget + a.max_summary_tokens
     rng = random.Random(0)
-    lengths = {f"{q}-{g}": min(a.max_budget, max(8, round(-math.log(1 - rng.random()) * a.max_budget / 3)))
-               for q in range(a.questions) for g in range(a.rollouts)}
-    questions = [Question(q, "?", "5", tuple(rng.randrange(5, 40) for _ in range(prompt_tokens))) for q in range(a.questions)]
+    lengths = {
+        f"{q}-{g}": min(a.max_budget, max(8, round(-math.log(1 - rng.random()) * a.max_budget / 3)))
+        for q in range(a.questions)
+        for g in range(a.rollouts)
+    }
+    questions = [
+        Question(q, "?", "5", tuple(rng.randrange(5, 40) for _ in range(prompt_tokens)))
+        for q in range(a.questions)
+    ]
     protocol = Protocol.of(miniature.make_tokenizer(), a.max_summary_tokens)
     budgets = BudgetPrior.make("uniform", a.max_budget, a.budgets).budgets
     ordered = sorted(lengths.values())
-    print(f"{len(lengths)} thinkings of {ordered[0]}..{ordered[-1]} tokens (median {statistics.median(ordered):.0f}), budgets {budgets}, "
-          f"{a.summaries} summaries each of up to {a.max_summary_tokens}; medians of {a.repeats} repeats", flush=True)
+    print(
+        f"{len(lengths)} thinkings of {ordered[0]}..{ordered[-1]} tokens (median {statistics.median(ordered):.0f}), budgets {budgets}, "
+        f"{a.summaries} summaries each of up to {a.max_summary_tokens}; medians of {a.repeats} repeats",
+        flush=True,
+    )
 
     table = []
     with tempfile.TemporaryDirectory() as folder:
@@ -111,20 +155,30 @@ def main():
             device = distributed.start()
             torch.set_num_threads(1)
             engine = VllmEngine(folder, device, longest, slots=slots)
-            runs = compare(engine, questions, budgets, a.rollouts, a.summaries, protocol, lengths, a.repeats)
+            runs = compare(
+                engine, questions, budgets, a.rollouts, a.summaries, protocol, lengths, a.repeats
+            )
             engine.close()
             for side, values in runs.items():
                 table.append((slots, side, *(statistics.median(v) for v in zip(*values))))
-            ratios = [[x / y for x, y in zip(s, t)] for s, t in zip(runs["streaming"], runs["two-phase"])]
+            ratios = [
+                [x / y for x, y in zip(s, t)] for s, t in zip(runs["streaming"], runs["two-phase"])
+            ]
             table.append((slots, "ratio", *(statistics.median(r) for r in zip(*ratios))))
             table.append((slots, "  lowest", *map(min, zip(*ratios))))
             table.append((slots, "  highest", *map(max, zip(*ratios))))
     distributed.stop()
 
-    print(f"{'slots':>6}  {'':10}{'steps':>8}{'wall s':>9}{'CPU s':>9}{'first summary at':>18}{'last thinking at':>18}")
+    print(
+        f"{'slots':>6}  {'':10}{'steps':>8}{'wall s':>9}{'CPU s':>9}{'first summary at':>18}{'last thinking at':>18}"
+    )
     for slots, name, steps, seconds, cpu_seconds, first, last in table:
-        whole = 0 if name in ("streaming", "two-phase") else 2      # decimals: steps are whole numbers, ratios are not
-        print(f"{slots:6}  {name:10}{steps:8.{whole}f}{seconds:9.2f}{cpu_seconds:9.2f}{first:18.{whole}f}{last:18.{whole}f}")
+        whole = (
+            0 if name in ("streaming", "two-phase") else 2
+        )  # decimals: steps are whole numbers, ratios are not
+        print(
+            f"{slots:6}  {name:10}{steps:8.{whole}f}{seconds:9.2f}{cpu_seconds:9.2f}{first:18.{whole}f}{last:18.{whole}f}"
+        )
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # for the processes that tests start
-os.environ.setdefault("HF_HUB_OFFLINE", "1")        # no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
 
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory) -> Path:
-    """The miniature's architecture and tokenizer with random weights: enough wherever learning is not the point."""
+    """The miniature's architecture and tokenizer with random weights: enough wherever learning is
+    not the point."""
     import miniature
 
     path = tmp_path_factory.mktemp("tiny") / "model"
@@ -28,7 +29,9 @@ def tiny_model_path(tmp_path_factory) -> Path:
     model = miniature.make_model()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))       # away from the near-uniform start, where mistakes hide
+            p.add_(
+                0.1 * torch.randn_like(p)
+            )  # away from the near-uniform start, where mistakes hide
     model.save_pretrained(path)
     miniature.make_tokenizer().save_pretrained(path)
     return path
@@ -36,7 +39,8 @@ def tiny_model_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_model_path(tmp_path_factory) -> Path:
-    """A base after a few seconds of warm start: poor at arithmetic, but it answers in the right form, so rewards vary."""
+    """A base after a few seconds of warm start: poor at arithmetic, but it answers in the right
+    form, so rewards vary."""
     import miniature
 
     path = tmp_path_factory.mktemp("trained") / "model"
@@ -48,10 +52,29 @@ def trained_model_path(tmp_path_factory) -> Path:
 
 
 def run_script(script: str, *args, processes: int = 0, expect: int = 0, cwd=None) -> str:
-    """Run one of the project's scripts as a user would, under torchrun when `processes` is given; returns its output."""
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"] if processes else [sys.executable]
-    done = subprocess.run([*start, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=cwd or ROOT, timeout=240)
-    assert done.returncode == expect or (expect and done.returncode), f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    """Run one of the project's scripts as a user would, under torchrun when `processes` is given;
+    returns its output."""
+    start = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            f"--master_port={free_port()}",
+        ]
+        if processes
+        else [sys.executable]
+    )
+    done = subprocess.run(
+        [*start, str(ROOT / script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        timeout=240,
+    )
+    assert done.returncode == expect or (expect and done.returncode), (
+        f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout + done.stderr
 
 
@@ -62,7 +85,8 @@ def free_port() -> int:
 
 
 class TwoPhases:
-    """An engine that reports no thinking trace before all of them have ended, so that all summaries are asked for then.
+    """An engine that reports no thinking trace before all of them have ended, so that all summaries
+    are asked for then.
 
     What sample_rollouts is compared with: the same requests and seeds, at another time.
     """

@@ -11,23 +11,26 @@ def test_uniform_prior_by_hand():
 
 def test_linear_prior_by_hand():
     assert BudgetPrior.make("linear", 8000, 4).probs == pytest.approx((0.1, 0.2, 0.3, 0.4))
-    assert prior_probs("linear", (1, 9)) == pytest.approx((0.1, 0.9))      # uneven spacing
+    assert prior_probs("linear", (1, 9)) == pytest.approx((0.1, 0.9))  # uneven spacing
 
 
 def test_base_prior_is_all_on_the_last_budget():
     assert BudgetPrior.make("base", 8000, 4).probs == (0.0, 0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("budgets, probs, complaint", [
-    ((), (), "empty"),
-    ((2, 2), (0.5, 0.5), "not increasing"),
-    ((4, 2), (0.5, 0.5), "not increasing"),
-    ((0, 2), (0.5, 0.5), ">= 1"),
-    ((2, 4), (1.0,), "1 entries for 2 budgets"),
-    ((2, 4), (0.5, 0.6), "sum to 1.1"),
-    ((2, 4), (1.5, -0.5), "negative"),
-    ((2, 4), (float("nan"), 1.0), "negative"),
-])
+@pytest.mark.parametrize(
+    "budgets, probs, complaint",
+    [
+        ((), (), "empty"),
+        ((2, 2), (0.5, 0.5), "not increasing"),
+        ((4, 2), (0.5, 0.5), "not increasing"),
+        ((0, 2), (0.5, 0.5), ">= 1"),
+        ((2, 4), (1.0,), "1 entries for 2 budgets"),
+        ((2, 4), (0.5, 0.6), "sum to 1.1"),
+        ((2, 4), (1.5, -0.5), "negative"),
+        ((2, 4), (float("nan"), 1.0), "negative"),
+    ],
+)
 def test_a_bad_prior_is_refused_by_name(budgets, probs, complaint):
     with pytest.raises(ValueError, match=complaint):
         BudgetPrior(budgets, probs)

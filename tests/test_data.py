@@ -1,14 +1,25 @@
 import json
 
 import pytest
+from conftest import SHARED
 from transformers import AutoTokenizer
 
-from conftest import SHARED
-from data import (NAMED_SETS, load_questions, load_rows, make_questions, open_tokenizer,
-                  questions_of_step)
+from data import (
+    NAMED_SETS,
+    load_questions,
+    load_rows,
+    make_questions,
+    open_tokenizer,
+    questions_of_step,
+)
 
-ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": 4.0}, {"problem": "3+3?", "answer": ["6", "six"]},
-        {"problem": "void", "answer": ""}, {"problem": "none", "answer": None}]
+ROWS = [
+    {"problem": "1+1?", "answer": "2"},
+    {"problem": "2+2?", "answer": 4.0},
+    {"problem": "3+3?", "answer": ["6", "six"]},
+    {"problem": "void", "answer": ""},
+    {"problem": "none", "answer": None},
+]
 
 
 def write(path, rows):
@@ -19,13 +30,22 @@ def write(path, rows):
     else:
         import pyarrow
         import pyarrow.parquet
+
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return str(path)
 
 
 @pytest.mark.parametrize("kind", [".json", ".jsonl", ".parquet"])
 def test_all_formats_give_the_same_rows(tmp_path, kind):
-    rows = [{**r, "answer": r["answer"] if kind != ".parquet" or not isinstance(r["answer"], (float, list)) else "x"} for r in ROWS]
+    rows = [
+        {
+            **r,
+            "answer": r["answer"]
+            if kind != ".parquet" or not isinstance(r["answer"], (float, list))
+            else "x",
+        }
+        for r in ROWS
+    ]
     loaded, dropped = load_rows(write(tmp_path / f"a{kind}", rows))
     assert loaded == [(r["problem"], r["answer"]) for r in rows[:3]] and dropped == 2
 
@@ -35,18 +55,29 @@ def test_fields_can_be_mapped(tmp_path):
     assert load_rows(path, "q", "truth") == ([("1+1?", "2")], 0)
 
 
-@pytest.mark.parametrize("name, content, complaint", [
-    ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"problem": \n', "a.jsonl, line 2: not JSON"),
-    ("a.json", '[\n{"problem": "a", \n"answer": }]', "a.json, line 3: not JSON"),
-    ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"question": "b", "answer": "1"}\n', "line 2: no field 'problem'.*--question-field"),
-    ("a.jsonl", '{"problem": "a", "answer": "1"}\n["b"]\n', "line 2: expected an object"),
-    ("a.json", '{"problem": "a", "answer": "1"}', "expected a list"),
-    ("a.json", '[{"problem": "a", "answer": "1"}, {"problem": "  ", "answer": "1"}]', "row 2: 'problem' is not a text"),
-    ("a.json", "[]", "no usable row"),
-    ("a.jsonl", "", "no usable row"),
-    ("a.jsonl", '{"problem": "a", "answer": ""}\n', "no usable row"),
-    ("a.csv", "problem,answer\n", "unknown kind '.csv'"),
-])
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"problem": \n', "a.jsonl, line 2: not JSON"),
+        ("a.json", '[\n{"problem": "a", \n"answer": }]', "a.json, line 3: not JSON"),
+        (
+            "a.jsonl",
+            '{"problem": "a", "answer": "1"}\n{"question": "b", "answer": "1"}\n',
+            "line 2: no field 'problem'.*--question-field",
+        ),
+        ("a.jsonl", '{"problem": "a", "answer": "1"}\n["b"]\n', "line 2: expected an object"),
+        ("a.json", '{"problem": "a", "answer": "1"}', "expected a list"),
+        (
+            "a.json",
+            '[{"problem": "a", "answer": "1"}, {"problem": "  ", "answer": "1"}]',
+            "row 2: 'problem' is not a text",
+        ),
+        ("a.json", "[]", "no usable row"),
+        ("a.jsonl", "", "no usable row"),
+        ("a.jsonl", '{"problem": "a", "answer": ""}\n', "no usable row"),
+        ("a.csv", "problem,answer\n", "unknown kind '.csv'"),
+    ],
+)
 def test_malformed_files_are_named_with_their_line(tmp_path, name, content, complaint):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=complaint):
@@ -60,6 +91,7 @@ def test_a_missing_file_is_named_and_a_named_set_offline_says_so(monkeypatch):
 
     def offline(*_, **__):
         raise OSError("no route")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     for name in NAMED_SETS:
         with pytest.raises(ValueError, match="cannot fetch"):
@@ -68,11 +100,18 @@ def test_a_missing_file_is_named_and_a_named_set_offline_says_so(monkeypatch):
 
 def test_prompts_follow_template_and_chat_template_and_overlong_ones_are_counted(tiny_model_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    questions, dropped = make_questions([("1 +1 ?", "2"), ("1 +1 +2 +3 ?", "7"), ("2 +2 ?", "4")], tokenizer, "{question}", 4)
+    questions, dropped = make_questions(
+        [("1 +1 ?", "2"), ("1 +1 +2 +3 ?", "7"), ("2 +2 ?", "4")], tokenizer, "{question}", 4
+    )
     assert dropped == 1 and [q.index for q in questions] == [0, 1]
-    boxed, _ = make_questions([("{1} ?", "2")], tokenizer, "{question} \\boxed{}", 99)      # braces are left alone
+    boxed, _ = make_questions(
+        [("{1} ?", "2")], tokenizer, "{question} \\boxed{}", 99
+    )  # braces are left alone
     assert "\\boxed{" in tokenizer.decode(boxed[0].prompt)
-    assert tokenizer.decode(questions[1].prompt) == "2 +2 ?<think>" and questions[1].ground_truth == "4"
+    assert (
+        tokenizer.decode(questions[1].prompt) == "2 +2 ?<think>"
+        and questions[1].ground_truth == "4"
+    )
     with pytest.raises(ValueError, match="has no {question}"):
         make_questions([("1 +1 ?", "2")], tokenizer, "{q} ?", 9)
     with pytest.raises(ValueError, match="max_prompt_tokens = 2"):
@@ -83,16 +122,32 @@ def test_an_epoch_visits_every_question_once_and_the_next_in_another_order(tiny_
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     questions, report = load_questions("miniature", tokenizer, "{question}", 12)
     assert report.startswith("miniature: 2048 questions (0 dropped")
-    steps = [questions_of_step(questions, step, 500, seed=3) for step in range(8)]       # 4 steps an epoch, 48 left over
+    steps = [
+        questions_of_step(questions, step, 500, seed=3) for step in range(8)
+    ]  # 4 steps an epoch, 48 left over
     first = [q.index for s in steps[:4] for q in s]
     assert len(set(first)) == 2000
     assert [q.index for q in steps[4]] != [q.index for q in steps[0]]
-    assert steps[5] == questions_of_step(questions, 5, 500, seed=3) != questions_of_step(questions, 5, 500, seed=4)
+    assert (
+        steps[5]
+        == questions_of_step(questions, 5, 500, seed=3)
+        != questions_of_step(questions, 5, 500, seed=4)
+    )
 
 
-@pytest.mark.skipif(not (SHARED / "data").exists(), reason="the data sets are not beside this checkout")
+@pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
+)
 def test_the_papers_sets_load_with_their_counts():
-    counts = {"test/aime": 30, "test/amc": 83, "test/math": 500, "test/minerva": 272, "test/olympiad_bench": 675, "train/aime": 975, "train/math": 7470}
+    counts = {
+        "test/aime": 30,
+        "test/amc": 83,
+        "test/math": 500,
+        "test/minerva": 272,
+        "test/olympiad_bench": 675,
+        "train/aime": 975,
+        "train/math": 7470,
+    }
     for name, count in counts.items():
         rows, dropped = load_rows(str(SHARED / "data" / f"{name}.json"))
         assert (len(rows), dropped) == (count, 4 if name == "train/math" else 0)

@@ -24,7 +24,13 @@ def imports_of_ours(path) -> set[str]:
 def test_a_core_module_works_alone_in_an_empty_folder(module, tmp_path):
     assert imports_of_ours(ROOT / f"{module}.py") == set()
     shutil.copy(ROOT / f"{module}.py", tmp_path)
-    done = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -42,7 +48,10 @@ def test_imports_only_point_towards_the_entry_points():
 def table_rows() -> list[tuple[str, str, str]]:
     """(equation, function, test) of the README's paper-to-code table."""
     text = (ROOT / "README.md").read_text().split("<!-- paper to code -->")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.strip().splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in text.strip().splitlines()[2:]
+    ]
     return [(r[0], r[1].strip("`"), r[2].strip("`")) for r in rows]
 
 
@@ -63,12 +72,20 @@ def test_every_metric_is_in_the_readmes_glossary():
     """The keys that train.py writes and the keys that the README explains are the same."""
     source = (ROOT / "train.py").read_text()
     written = set(re.findall(r'"(\w+)": ', source.split("metrics = {")[1].split("\n    }\n")[0]))
-    explained = set(re.findall(r"^\| `([\w/]+)`", (ROOT / "README.md").read_text().split("<!-- metrics -->")[1], flags=re.M))
+    explained = set(
+        re.findall(
+            r"^\| `([\w/]+)`",
+            (ROOT / "README.md").read_text().split("<!-- metrics -->")[1],
+            flags=re.M,
+        )
+    )
     assert written <= explained, written - explained
 
 
 def test_no_line_of_a_module_is_unreadably_long():
     for path in ROOT.glob("*.py"):
-        limit = 150 if path.stem == "rewards" else 125      # its rules are regular expressions, which do not fold
+        limit = (
+            150 if path.stem == "rewards" else 125
+        )  # its rules are regular expressions, which do not fold
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= limit, f"{path.name}:{number} has {len(line)} characters"

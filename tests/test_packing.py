@@ -14,10 +14,23 @@ def other_architecture(name: str):
     """A random tiny model of another family: nothing in packing.py knows Qwen2."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    sizes = dict(vocab_size=49, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-                 max_position_embeddings=256, initializer_range=0.3, attn_implementation="sdpa")
+    sizes = dict(
+        vocab_size=49,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        attn_implementation="sdpa",
+    )
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(head_dim=32, **sizes)) if name == "qwen3" else LlamaForCausalLM(LlamaConfig(**sizes))
+    return (
+        Qwen3ForCausalLM(Qwen3Config(head_dim=32, **sizes))
+        if name == "qwen3"
+        else LlamaForCausalLM(LlamaConfig(**sizes))
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
@@ -25,21 +38,34 @@ def test_tree_equals_separate_sequences_in_other_families(name):
     model = other_architecture(name).eval()
     trees = [random_tree(random.Random(seed)) for seed in range(3)]
     row = pack(trees)
-    assert (token_logprobs(model, row, 0.8)[row.trained] - by_separate_sequences(model, trees, 0.8)).abs().max() < 1e-4
+    assert (
+        token_logprobs(model, row, 0.8)[row.trained] - by_separate_sequences(model, trees, 0.8)
+    ).abs().max() < 1e-4
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model_path):
-    return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_model_path, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
 
 def random_tree(rng: random.Random, cuts=None, thinking=None, vocab=49) -> Tree:
     def tokens(n):
         return [rng.randrange(vocab) for _ in range(n)]
+
     thinking = rng.randrange(1, 30) if thinking is None else thinking
     cuts = [rng.randint(0, thinking) for _ in range(rng.randrange(1, 5))] if cuts is None else cuts
-    branches = [Branch(cut, tokens(rng.randrange(1, 4)), tokens(rng.randrange(1, 9)), rng.gauss(0, 1)) for cut in cuts]
-    return Tree(tokens(rng.randrange(1, 8)), tokens(thinking), branches, [rng.gauss(0, 1) for _ in range(thinking)])
+    branches = [
+        Branch(cut, tokens(rng.randrange(1, 4)), tokens(rng.randrange(1, 9)), rng.gauss(0, 1))
+        for cut in cuts
+    ]
+    return Tree(
+        tokens(rng.randrange(1, 8)),
+        tokens(thinking),
+        branches,
+        [rng.gauss(0, 1) for _ in range(thinking)],
+    )
 
 
 def sequence_logprobs(model, context, continuation, temperature):
@@ -47,16 +73,22 @@ def sequence_logprobs(model, context, continuation, temperature):
     if not continuation:
         return torch.zeros(0)
     logits = model(torch.tensor([context + continuation])).logits[0] / temperature
-    logp = logits.log_softmax(-1)[len(context) - 1:-1]
+    logp = logits.log_softmax(-1)[len(context) - 1 : -1]
     return logp.gather(-1, torch.tensor(continuation)[:, None])[:, 0]
 
 
 def by_separate_sequences(model, trees, temperature):
-    """Log-probs of all trained tokens in row order, each tree written out as 1 + number-of-branches sequences."""
+    """Log-probs of all trained tokens in row order, each tree written out as 1 + number-of-branches
+    sequences."""
     parts = []
     for t in trees:
         parts.append(sequence_logprobs(model, t.prompt, t.thinking, temperature))
-        parts += [sequence_logprobs(model, t.prompt + t.thinking[:b.cut] + b.appended, b.summary, temperature) for b in t.branches]
+        parts += [
+            sequence_logprobs(
+                model, t.prompt + t.thinking[: b.cut] + b.appended, b.summary, temperature
+            )
+            for b in t.branches
+        ]
     return torch.cat(parts)
 
 
@@ -73,9 +105,13 @@ SPECIAL = {
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_tree_equals_separate_sequences(model, case, temperature):
     rng = random.Random(str(case))
-    trees = [random_tree(rng, **SPECIAL[case])] if case in SPECIAL else [random_tree(rng) for _ in range(rng.randrange(1, 4))]
+    trees = (
+        [random_tree(rng, **SPECIAL[case])]
+        if case in SPECIAL
+        else [random_tree(rng) for _ in range(rng.randrange(1, 4))]
+    )
     if case in SPECIAL:
-        trees.append(random_tree(rng))      # never alone: a neighbour in the row must not leak in
+        trees.append(random_tree(rng))  # never alone: a neighbour in the row must not leak in
     row = pack(trees, multiple=rng.choice([1, 16]))
     weights = torch.randn(int(row.trained.sum()), generator=torch.Generator().manual_seed(0))
 
@@ -112,8 +148,10 @@ def test_mask_by_brute_force():
         start = trunk[-1] + 1
         for b in t.branches:
             branch = list(range(start, start + len(b.appended) + len(b.summary)))
-            seen = trunk[:len(t.prompt) + b.cut]
-            visible |= {(q, k) for q in branch for k in seen} | {(q, k) for q in branch for k in branch if k <= q}
+            seen = trunk[: len(t.prompt) + b.cut]
+            visible |= {(q, k) for q in branch for k in seen} | {
+                (q, k) for q in branch for k in branch if k <= q
+            }
             start = branch[-1] + 1
     padding = range(start, len(row.input_ids))
     visible |= {(q, k) for q in padding for k in padding if k <= q}
@@ -121,21 +159,32 @@ def test_mask_by_brute_force():
 
 
 def test_flex_mask_is_the_same_rule():
-    """FlexAttention evaluates the rule on index tensors; a row of more than one block, on whatever device is here."""
+    """FlexAttention evaluates the rule on index tensors; a row of more than one block, on whatever
+    device is here."""
     from torch.nn.attention.flex_attention import create_mask
 
     row = pack([random_tree(random.Random(seed), thinking=60) for seed in range(4)], multiple=128)
     n = len(row.input_ids)
     assert n % 128 == 0
-    flex = create_mask(lambda b, h, q, k: is_visible(q, k, row.branch, row.trunk, row.trunk_end), None, None, n, n, device="cpu")
+    flex = create_mask(
+        lambda b, h, q, k: is_visible(q, k, row.branch, row.trunk, row.trunk_end),
+        None,
+        None,
+        n,
+        n,
+        device="cpu",
+    )
     assert torch.equal(flex, dense_mask(row))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles, on a CPU with g++")
 def test_flex_attention_gives_the_same_logprobs(model, tiny_model_path):
-    """The whole path of a GPU run, BlockMask through transformers, forward only: its backward exists on GPUs alone."""
+    """The whole path of a GPU run, BlockMask through transformers, forward only: its backward
+    exists on GPUs alone."""
     row = pack([random_tree(random.Random(seed)) for seed in range(3)], multiple=128)
-    flex = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation="flex_attention").eval()
+    flex = AutoModelForCausalLM.from_pretrained(
+        tiny_model_path, dtype=torch.float32, attn_implementation="flex_attention"
+    ).eval()
     with torch.no_grad():
         assert (token_logprobs(flex, row) - token_logprobs(model, row)).abs().max() < 1e-4
 
@@ -145,7 +194,9 @@ def test_flex_and_dense_agree(tiny_model_path):
     row = pack([random_tree(random.Random(seed)) for seed in range(4)], multiple=128).to("cuda")
     out, gradients = [], []
     for implementation in ("sdpa", "flex_attention"):
-        m = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation=implementation).cuda()
+        m = AutoModelForCausalLM.from_pretrained(
+            tiny_model_path, dtype=torch.float32, attn_implementation=implementation
+        ).cuda()
         out.append(token_logprobs(m, row))
         out[-1].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
@@ -154,15 +205,31 @@ def test_flex_and_dense_agree(tiny_model_path):
 
 
 def test_row_by_hand():
-    tree = Tree([1, 2], [3, 4, 5], [Branch(1, [6], [7, 8], 0.5, [-0.1, -0.2]), Branch(3, [6], [9], -1.0)], [0.1, 0.2, 0.3], [-1.0, -2.0, -3.0])
+    tree = Tree(
+        [1, 2],
+        [3, 4, 5],
+        [Branch(1, [6], [7, 8], 0.5, [-0.1, -0.2]), Branch(3, [6], [9], -1.0)],
+        [0.1, 0.2, 0.3],
+        [-1.0, -2.0, -3.0],
+    )
     row = pack([tree], multiple=4)
     nan = float("nan")
     assert row.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 6, 9, 0, 0]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 5, 6, 0, 1]
-    assert row.trained.tolist() == [False] * 2 + [True] * 3 + [False, True, True, False, True, False, False]
+    assert row.trained.tolist() == [False] * 2 + [True] * 3 + [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert row.previous.tolist() == [0, 0, 1, 2, 3, 2, 5, 6, 4, 8, 0, 10]
     assert row.advantages.tolist() == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0, 0.5, 0.5, 0, -1, 0, 0])
-    assert row.sampler_logp.tolist() == pytest.approx([nan, nan, -1, -2, -3, nan, -0.1, -0.2, nan, nan, nan, nan], nan_ok=True)
+    assert row.sampler_logp.tolist() == pytest.approx(
+        [nan, nan, -1, -2, -3, nan, -0.1, -0.2, nan, nan, nan, nan], nan_ok=True
+    )
     assert len(tree) == 10
 
 
@@ -178,7 +245,9 @@ def test_a_row_without_trained_tokens_still_has_a_backward(model):
     model.zero_grad()
     logp = token_logprobs(model, pack([Tree([0], [], [])]))
     logp.sum().backward()
-    assert logp.tolist() == [0.0] and all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+    assert logp.tolist() == [0.0] and all(
+        p.grad is None or p.grad.abs().max() == 0 for p in model.parameters()
+    )
 
 
 def test_balance_deals_every_tree_once_evenly_and_in_step():

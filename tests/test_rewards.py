@@ -8,33 +8,49 @@ import torch
 import rewards
 
 
-@pytest.mark.parametrize("summary, graded", [
-    (r"\boxed{4}", r"\boxed{4}"),
-    ("\\boxed{4}.\n\nWait: \\boxed{5}", r"\boxed{4}."),         # more thinking is not read
-    ("\n\n\\boxed{4}", r"\boxed{4}"),                           # blank lines behind the header: forgiven
-    ("so\n\\boxed{4}\nor\n\\boxed{5}\n \t\n6", "so\n\\boxed{4}\nor\n\\boxed{5}"),     # lines of one paragraph
-    ("\r\n\r\n\\boxed{4}\r\n\r\nno", r"\boxed{4}"),
-    ("so\n\n\\boxed{4}", "so"),                                 # an answer in the second paragraph is too late
-    ("", ""), (" \n\n ", ""),
-])
+@pytest.mark.parametrize(
+    "summary, graded",
+    [
+        (r"\boxed{4}", r"\boxed{4}"),
+        ("\\boxed{4}.\n\nWait: \\boxed{5}", r"\boxed{4}."),  # more thinking is not read
+        ("\n\n\\boxed{4}", r"\boxed{4}"),  # blank lines behind the header: forgiven
+        (
+            "so\n\\boxed{4}\nor\n\\boxed{5}\n \t\n6",
+            "so\n\\boxed{4}\nor\n\\boxed{5}",
+        ),  # lines of one paragraph
+        ("\r\n\r\n\\boxed{4}\r\n\r\nno", r"\boxed{4}"),
+        ("so\n\n\\boxed{4}", "so"),  # an answer in the second paragraph is too late
+        ("", ""),
+        (" \n\n ", ""),
+    ],
+)
 def test_only_the_first_paragraph_is_graded(summary, graded):
     assert rewards.answer_paragraph(summary) == graded
 
 
 def test_the_paragraph_is_found_in_linear_time():
     start = time.perf_counter()
-    for text in ("\n " * 500_000 + "x", "x" + "\n" * 1_000_000, "a\n" * 500_000, "x\n" + " " * 1_000_000):
+    for text in (
+        "\n " * 500_000 + "x",
+        "x" + "\n" * 1_000_000,
+        "a\n" * 500_000,
+        "x\n" + " " * 1_000_000,
+    ):
         rewards.answer_paragraph(text)
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize("thinking, appended, summary, one", [
-    ("so 4</think>", "\n\n**Final Answer**\n", r"\boxed{4}", True),
-    ("so", "...</think>\n\n", r"\boxed{4}", True),
-    ("so", "\n\n**Final Answer**\n", r"\boxed{4}", False),
-    ("so 4</think>", "...</think>", "", False),
-    ("so 4</think>", "", "4</think>", False),
-    ("so </thi", "nk>", "", True)])
+@pytest.mark.parametrize(
+    "thinking, appended, summary, one",
+    [
+        ("so 4</think>", "\n\n**Final Answer**\n", r"\boxed{4}", True),
+        ("so", "...</think>\n\n", r"\boxed{4}", True),
+        ("so", "\n\n**Final Answer**\n", r"\boxed{4}", False),
+        ("so 4</think>", "...</think>", "", False),
+        ("so 4</think>", "", "4</think>", False),
+        ("so </thi", "nk>", "", True),
+    ],
+)
 def test_exactly_one_think_end(thinking, appended, summary, one):
     assert rewards.has_one_think_end(thinking, appended, summary) is one
 

@@ -13,19 +13,24 @@ from data import Question
 from engines import Output, PlainEngine, Request, sample_tokens
 from rollout import Protocol, request_seed, sample_rollouts, to_tree
 
-PROTOCOL = Protocol(think_end=90, eos=(99,), cut_text=(80, 90), answer_header=(81,), max_summary_tokens=6)
+PROTOCOL = Protocol(
+    think_end=90, eos=(99,), cut_text=(80, 90), answer_header=(81,), max_summary_tokens=6
+)
 BUDGETS = (2, 4, 6)
 
 
 class ScriptedEngine:
-    """Gives every request its next tokens one per step(), thinking traces as scripted, summaries as [7, 99]."""
+    """Gives every request its next tokens one per step(), thinking traces as scripted, summaries as
+    [7, 99]."""
 
     def __init__(self, traces):
         self.traces, self.running, self.requests, self.steps = traces, {}, [], 0
 
     def add(self, request: Request):
         self.requests.append((self.steps, request))
-        self.running[request.id] = list(self.traces[request.id] if request.stream else [7, 99])[:request.max_tokens]
+        self.running[request.id] = list(self.traces[request.id] if request.stream else [7, 99])[
+            : request.max_tokens
+        ]
 
     def has_work(self):
         return bool(self.running)
@@ -44,24 +49,48 @@ class ScriptedEngine:
 def run(traces, streaming=True, grade=None, num_summaries=2):
     engine = ScriptedEngine({f"0-{g}": t for g, t in enumerate(traces)})
     question = Question(0, "?", "5", (1, 2))
-    rollouts = sample_rollouts(engine if streaming else TwoPhases(engine), [question], BUDGETS, len(traces),
-                               num_summaries, PROTOCOL, 1.0, (0, 0), grade)
+    rollouts = sample_rollouts(
+        engine if streaming else TwoPhases(engine),
+        [question],
+        BUDGETS,
+        len(traces),
+        num_summaries,
+        PROTOCOL,
+        1.0,
+        (0, 0),
+        grade,
+    )
     return rollouts, engine
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("thinking, finish, cuts, closed", [
-    ([5, 5, 5, 5, 5, 5], "length", [2, 4, 6], [False, False, False]),          # hit b_M, never closed
-    ([5, 5, 5, 5, 5, 90], "closed", [2, 4, 6], [False, False, True]),          # closed with its last allowed token
-    ([5, 5, 5, 90], "closed", [2, 4, 4], [False, True, True]),                 # closed exactly at a budget; shared cut
-    ([5, 5, 90], "closed", [2, 3, 3], [False, True, True]),
-    ([90], "closed", [1, 1, 1], [True, True, True]),
-])
+@pytest.mark.parametrize(
+    "thinking, finish, cuts, closed",
+    [
+        ([5, 5, 5, 5, 5, 5], "length", [2, 4, 6], [False, False, False]),  # hit b_M, never closed
+        (
+            [5, 5, 5, 5, 5, 90],
+            "closed",
+            [2, 4, 6],
+            [False, False, True],
+        ),  # closed with its last allowed token
+        (
+            [5, 5, 5, 90],
+            "closed",
+            [2, 4, 4],
+            [False, True, True],
+        ),  # closed exactly at a budget; shared cut
+        ([5, 5, 90], "closed", [2, 3, 3], [False, True, True]),
+        ([90], "closed", [1, 1, 1], [True, True, True]),
+    ],
+)
 def test_cuts_and_appended_texts(thinking, finish, cuts, closed, streaming):
     (r,), _ = run([thinking], streaming)
     assert r.finish == finish and r.thinking == thinking
     assert [s.cut for s in r.summaries] == [c for c in cuts for _ in range(2)]
-    assert [(s.budget_index, s.draw) for s in r.summaries] == [(j, a) for j in range(3) for a in range(2)]
+    assert [(s.budget_index, s.draw) for s in r.summaries] == [
+        (j, a) for j in range(3) for a in range(2)
+    ]
     for s, c in zip(r.summaries[::2], closed):
         assert s.appended == ([81] if c else [80, 90, 81])
         assert s.tokens == [7, 99] and s.logp == [-0.5, -0.5]
@@ -73,9 +102,17 @@ def test_a_trace_that_ends_in_end_of_text_scores_zero_from_there_on(streaming):
         f = Future()
         f.set_result(1.0)
         return f
+
     (r,), engine = run([[5, 5, 99]], streaming, grade)
     assert r.finish == "eos"
-    assert [s.score for s in r.summaries] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]     # b_1 = 2 cut it before it ended
+    assert [s.score for s in r.summaries] == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]  # b_1 = 2 cut it before it ended
     assert [bool(s.tokens) for s in r.summaries] == [True, True, False, False, False, False]
     assert len(engine.requests) == 1 + 2
 
@@ -83,8 +120,10 @@ def test_a_trace_that_ends_in_end_of_text_scores_zero_from_there_on(streaming):
 def test_summary_prompts_lengths_and_seeds():
     (r,), engine = run([[5, 6, 7, 90]])
     summaries = [request for _, request in engine.requests[1:]]
-    assert [s.prompt for s in summaries] == [(1, 2, 5, 6, 80, 90, 81)] * 2 + [(1, 2, 5, 6, 7, 90, 81)] * 4
-    assert [s.max_tokens for s in summaries] == [3, 3, 5, 5, 5, 5]              # 6 minus the appended text
+    assert [s.prompt for s in summaries] == [(1, 2, 5, 6, 80, 90, 81)] * 2 + [
+        (1, 2, 5, 6, 7, 90, 81)
+    ] * 4
+    assert [s.max_tokens for s in summaries] == [3, 3, 5, 5, 5, 5]  # 6 minus the appended text
     assert len({request.seed for _, request in engine.requests}) == 7
 
 
@@ -92,11 +131,19 @@ def test_summaries_are_requested_as_soon_as_a_budget_is_crossed_and_changes_noth
     traces = [[5, 5, 90], [5] * 6]
     streamed, engine = run(traces)
     waited, later = run(traces, streaming=False)
-    assert [(r.thinking, r.finish, [(s.cut, s.appended, s.tokens) for s in r.summaries]) for r in streamed] == \
-           [(r.thinking, r.finish, [(s.cut, s.appended, s.tokens) for s in r.summaries]) for r in waited]
-    assert {request for _, request in engine.requests} == {request for _, request in later.requests}     # seeds included
-    assert min(step for step, request in engine.requests if not request.stream) == 2                     # b_1 = 2
-    assert min(step for step, request in later.requests if not request.stream) == 6                      # the last trace's end
+    assert [
+        (r.thinking, r.finish, [(s.cut, s.appended, s.tokens) for s in r.summaries])
+        for r in streamed
+    ] == [
+        (r.thinking, r.finish, [(s.cut, s.appended, s.tokens) for s in r.summaries]) for r in waited
+    ]
+    assert {request for _, request in engine.requests} == {
+        request for _, request in later.requests
+    }  # seeds included
+    assert min(step for step, request in engine.requests if not request.stream) == 2  # b_1 = 2
+    assert (
+        min(step for step, request in later.requests if not request.stream) == 6
+    )  # the last trace's end
 
 
 def test_seeds_differ_in_every_part_of_their_key_and_repeat():
@@ -108,10 +155,20 @@ def test_seeds_differ_in_every_part_of_their_key_and_repeat():
 
 def test_to_tree_places_advantages_by_segment():
     (r,), _ = run([[5, 5, 5, 90]])
-    thinking, summary = torch.tensor([0.25, 0.5, 0.75]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    thinking, summary = (
+        torch.tensor([0.25, 0.5, 0.75]),
+        torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+    )
     tree = to_tree(r, thinking, summary, BUDGETS)
     assert tree.advantages == [0.25, 0.25, 0.5, 0.5]
-    assert [(b.cut, b.advantage) for b in tree.branches] == [(2, 1.0), (2, 2.0), (4, 3.0), (4, 4.0), (4, 5.0), (4, 6.0)]
+    assert [(b.cut, b.advantage) for b in tree.branches] == [
+        (2, 1.0),
+        (2, 2.0),
+        (4, 3.0),
+        (4, 4.0),
+        (4, 5.0),
+        (4, 6.0),
+    ]
     last = to_tree(r, thinking, summary, BUDGETS, last_only=True)
     assert [b.advantage for b in last.branches] == [5.0, 6.0]
 
@@ -123,17 +180,22 @@ def test_inverse_cdf_sampling_by_hand():
     assert tokens.tolist() == [0, 0, 1, 1, 2]
     assert logp.exp().tolist() == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.3])
     tokens, _ = sample_tokens(logits, torch.zeros(5, 1), uniform)
-    assert tokens.tolist() == [1] * 5           # temperature 0 is greedy
+    assert tokens.tolist() == [1] * 5  # temperature 0 is greedy
 
 
 def test_sampling_follows_the_distribution_at_the_temperature():
     n, logits = 20000, torch.tensor([1.0, 0.0, -1.0])
-    tokens, _ = sample_tokens(logits.expand(n, 3), torch.full((n, 1), 0.6), torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    tokens, _ = sample_tokens(
+        logits.expand(n, 3),
+        torch.full((n, 1), 0.6),
+        torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    )
     share = torch.bincount(tokens, minlength=3) / n
     assert (share - (logits / 0.6).softmax(-1)).abs().max() < 0.02
 
 
-# ------------------------------------------------------------------------------------------ the plain engine
+# ------------------------------------------------------------------------------------------ the
+# plain engine
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +218,26 @@ def finish(engine, requests):
 
 
 def test_plain_engine_equals_transformers_generate(engine):
-    """Greedy, uneven prompts, a stop token: against the library's own loop, one request at a time."""
+    """Greedy, uneven prompts, a stop token: against the library's own loop, one request at a
+    time."""
     prompts = [(19, 38, 9, 3), (20, 9, 3), (19, 38, 48, 44, 40, 9, 3)]
     out = finish(engine, [Request(str(i), p, 12, (2, 4), 0, 0.0) for i, p in enumerate(prompts)])
     for i, p in enumerate(prompts):
-        expected = engine.model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=[2, 4], pad_token_id=1)[0, len(p):]
+        expected = engine.model.generate(
+            torch.tensor([p]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=[2, 4],
+            pad_token_id=1,
+        )[0, len(p) :]
         assert out[str(i)].tokens == expected.tolist()
 
 
 def test_what_else_is_in_the_batch_does_not_matter(engine):
-    requests = [Request(str(i), tuple(range(5, 6 + i % 7)), 5 + i % 9, (2,), request_seed(0, i), 1.0) for i in range(20)]
+    requests = [
+        Request(str(i), tuple(range(5, 6 + i % 7)), 5 + i % 9, (2,), request_seed(0, i), 1.0)
+        for i in range(20)
+    ]
     together = finish(engine, requests)
     for r in requests:
         alone = finish(engine, [r])[r.id]
@@ -180,7 +252,9 @@ def test_sampler_logprobs_are_the_trainers(engine, tokenizer, tiny_model_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="sdpa")
     question = Question(0, "2 +2 ?", "4", tuple(tokenizer.encode("2 +2 ?<think>")))
     for temperature in (1.0, 0.6):
-        rollouts = sample_rollouts(engine, [question], (4, 8, 12), 3, 2, protocol, temperature, (0, 0))
+        rollouts = sample_rollouts(
+            engine, [question], (4, 8, 12), 3, 2, protocol, temperature, (0, 0)
+        )
         row = pack([to_tree(r, torch.zeros(3), torch.zeros(3, 2), (4, 8, 12)) for r in rollouts])
         gap = (token_logprobs(model, row, temperature) - row.sampler_logp)[row.trained]
         assert gap.abs().max() < 1e-4
@@ -195,7 +269,13 @@ def test_sync_weights_changes_what_is_sampled_and_refuses_a_partial_set(tiny_mod
     request = Request("a", (19, 38, 9, 3), 12, (2,), 0, 0.0)
     engine.sync_weights(trainer.state_dict().items(), version=7)
     assert engine.version == 7
-    expected = trainer.generate(torch.tensor([request.prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=1)[0, 4:]
+    expected = trainer.generate(
+        torch.tensor([request.prompt]),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=2,
+        pad_token_id=1,
+    )[0, 4:]
     assert finish(engine, [request])["a"].tokens == expected.tolist()
     with pytest.raises(RuntimeError, match="never synced"):
         engine.sync_weights(list(trainer.state_dict().items())[:-3], version=8)
@@ -204,7 +284,10 @@ def test_sync_weights_changes_what_is_sampled_and_refuses_a_partial_set(tiny_mod
 def test_protocol_reads_the_tokenizer(tokenizer):
     protocol = Protocol.of(tokenizer, 10, eos=[2, 1])
     assert tokenizer.decode([protocol.think_end]) == "</think>"
-    assert tokenizer.decode(protocol.cut_text + protocol.answer_header) == "...\n\n...\n\n</think>\n\n**Final Answer**\n"
+    assert (
+        tokenizer.decode(protocol.cut_text + protocol.answer_header)
+        == "...\n\n...\n\n</think>\n\n**Final Answer**\n"
+    )
     assert protocol.eos == (1, 2)
     with pytest.raises(ValueError, match="leaves no room"):
         Protocol.of(tokenizer, 3)
@@ -212,7 +295,13 @@ def test_protocol_reads_the_tokenizer(tokenizer):
 
 def test_a_tokenizer_without_one_token_think_end_is_refused():
     def with_encoding(ids):
-        return SimpleNamespace(encode=lambda text, add_special_tokens: ids, unk_token_id=0, eos_token_id=1, name_or_path="some/model")
+        return SimpleNamespace(
+            encode=lambda text, add_special_tokens: ids,
+            unk_token_id=0,
+            eos_token_id=1,
+            name_or_path="some/model",
+        )
+
     for ids in ([5, 6, 7], [0]):
         with pytest.raises(ValueError, match="some/model.*</think>"):
             Protocol.of(with_encoding(ids))
@@ -221,10 +310,15 @@ def test_a_tokenizer_without_one_token_think_end_is_refused():
 def test_grader_wants_exactly_one_think_end(tokenizer):
     protocol = Protocol.of(tokenizer, 10)
     asked = []
-    verifier = SimpleNamespace(submit=lambda summary, ground_truth: asked.append((summary, ground_truth)) or "future")
+    verifier = SimpleNamespace(
+        submit=lambda summary, ground_truth: asked.append((summary, ground_truth)) or "future"
+    )
     grade = rollout.make_grader(verifier, tokenizer, protocol)
     question = Question(0, "?", "5", (2,))
-    ids = {text: tokenizer.encode(text) for text in (" =5</think>", "\\boxed{5}<|end|>", "</think>\\boxed{5}<|end|>")}
+    ids = {
+        text: tokenizer.encode(text)
+        for text in (" =5</think>", "\\boxed{5}<|end|>", "</think>\\boxed{5}<|end|>")
+    }
     r = rollout.Rollout(question, 0, ids[" =5</think>"], finish="closed")
     good = rollout.Summary(0, 0, 2, list(protocol.answer_header), ids["\\boxed{5}<|end|>"])
     assert grade(r, good) == "future" and asked == [("\\boxed{5}", "5")]
@@ -235,7 +329,11 @@ def test_grader_wants_exactly_one_think_end(tokenizer):
 def test_only_the_first_paragraph_of_a_summary_is_graded(tokenizer):
     asked = []
     verifier = SimpleNamespace(submit=lambda summary, ground_truth: asked.append(summary))
-    grade = rollout.make_grader(verifier, SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids))), PROTOCOL)
-    r = rollout.Rollout(Question(0, "?", "5", ()), 0, [ord(c) for c in "so </think>"], finish="closed")
+    grade = rollout.make_grader(
+        verifier, SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids))), PROTOCOL
+    )
+    r = rollout.Rollout(
+        Question(0, "?", "5", ()), 0, [ord(c) for c in "so </think>"], finish="closed"
+    )
     grade(r, rollout.Summary(0, 0, 11, [], [ord(c) for c in "\n\n\\boxed{4}\n\nno, \\boxed{5}"]))
     assert asked == ["\\boxed{4}"]

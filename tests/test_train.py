@@ -1,4 +1,5 @@
-"""The loop, run as a user runs it: its files, its errors, 1 and 2 processes, and a kill in the middle."""
+"""The loop, run as a user runs it: its files, its errors, 1 and 2 processes, and a kill in the
+middle."""
 
 import importlib.util
 import json
@@ -16,14 +17,32 @@ import checkpoint
 import train
 from config import parse
 
-SMALL = ["--questions-per-step", "4", "--num-rollouts", "4", "--num-summaries", "2", "--eval-questions", "6", "--eval-samples", "1",
-         "--eval-budgets", "12", "48", "--max-tokens-per-row", "600"]
+SMALL = [
+    "--questions-per-step",
+    "4",
+    "--num-rollouts",
+    "4",
+    "--num-summaries",
+    "2",
+    "--eval-questions",
+    "6",
+    "--eval-samples",
+    "1",
+    "--eval-budgets",
+    "12",
+    "48",
+    "--max-tokens-per-row",
+    "600",
+]
 
 
 def metrics_of(directory) -> list[dict]:
     """The metrics that must repeat: not the clock, nor how often the verifier's cache was hit."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "verifier/"))} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "verifier/"))}
+        for line in lines
+    ]
 
 
 def assert_equal_metrics(a: list[dict], b: list[dict], tolerance: float):
@@ -33,34 +52,59 @@ def assert_equal_metrics(a: list[dict], b: list[dict], tolerance: float):
         for k in x:
             left, right = (v if isinstance(v, list) else [v] for v in (x[k], y[k]))
             assert [v is None for v in left] == [v is None for v in right], k
-            assert [v for v in left if v is not None] == pytest.approx([v for v in right if v is not None], abs=tolerance, rel=1e-3), k
+            assert [v for v in left if v is not None] == pytest.approx(
+                [v for v in right if v is not None], abs=tolerance, rel=1e-3
+            ), k
 
 
 @pytest.fixture(scope="module")
 def unbroken(trained_model_path, tmp_path_factory):
     """One unbroken run of 4 steps, one process, a checkpoint after every second step."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    text = run_script("train.py", "--model", trained_model_path, "--steps", 4, "--save-every", 2, "--output-dir", out, *SMALL)
+    text = run_script(
+        "train.py",
+        "--model",
+        trained_model_path,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--output-dir",
+        out,
+        *SMALL,
+    )
     return out, text
 
 
 def test_a_run_leaves_everything_it_promises(unbroken, trained_model_path):
     out, text = unbroken
     config = json.loads((out / "config.json").read_text())
-    assert config["budgets"] == [] and config["max_budget"] == 48 and config["experiment"] == "ar-uniform"
+    assert (
+        config["budgets"] == []
+        and config["max_budget"] == 48
+        and config["experiment"] == "ar-uniform"
+    )
     metrics = metrics_of(out)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
-    assert any(m["loss"] != 0 for m in metrics) and all(m["sampler_gap_max"] < 1e-4 for m in metrics)
+    assert any(m["loss"] != 0 for m in metrics) and all(
+        m["sampler_gap_max"] < 1e-4 for m in metrics
+    )
     for m in metrics:
         assert m["anytime_reward"] == pytest.approx(sum(m["reward"]) / 4)
         assert m["closed"] + m["eos"] + m["length"] == pytest.approx(1)
     result = json.loads((out / "eval.json").read_text())
     assert result["step"] == 4 and result["before"]["step"] == 0 and result["budgets"] == [12, 48]
-    assert result["anytime_accuracy"] == pytest.approx(sum(result["accuracy"]) / 2) and result["final_accuracy"] == result["accuracy"][-1]
+    assert (
+        result["anytime_accuracy"] == pytest.approx(sum(result["accuracy"]) / 2)
+        and result["final_accuracy"] == result["accuracy"][-1]
+    )
     assert (out / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert "step    3" in text and "16 thinking traces of up to 48 tokens" in text
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out / "model"),
+        AutoTokenizer.from_pretrained(out / "model"),
+    )
     base = AutoModelForCausalLM.from_pretrained(trained_model_path)
     moved = max((p - q).abs().max().item() for p, q in zip(model.parameters(), base.parameters()))
     assert 0 < moved < 0.1 and tokenizer.encode("</think>") == [4]
@@ -68,57 +112,121 @@ def test_a_run_leaves_everything_it_promises(unbroken, trained_model_path):
 
 def test_two_processes_give_the_same_numbers(unbroken, trained_model_path, tmp_path):
     out, _ = unbroken
-    run_script("train.py", "--model", trained_model_path, "--steps", 2, "--output-dir", tmp_path / "two", *SMALL, processes=2)
+    run_script(
+        "train.py",
+        "--model",
+        trained_model_path,
+        "--steps",
+        2,
+        "--output-dir",
+        tmp_path / "two",
+        *SMALL,
+        processes=2,
+    )
     one, two = metrics_of(out)[:2], metrics_of(tmp_path / "two")
     assert abs(one[0]["loss"] - two[0]["loss"]) < 1e-5
     assert_equal_metrics(one, two, 1e-5)
-    evaluations = [json.loads((d / "evals.jsonl").read_text().splitlines()[0]) for d in (out, tmp_path / "two")]
+    evaluations = [
+        json.loads((d / "evals.jsonl").read_text().splitlines()[0]) for d in (out, tmp_path / "two")
+    ]
     assert evaluations[0] == evaluations[1]
 
 
 def kill_in_step(args, out, step: int, processes: int):
-    """Start a run and kill -9 all its processes while it is inside `step`, after the checkpoint before it is complete."""
-    start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] \
-        if processes > 1 else []
-    process = subprocess.Popen([sys.executable, *start, str(ROOT / "train.py"), *map(str, args)], cwd=ROOT, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start a run and kill -9 all its processes while it is inside `step`, after the checkpoint
+    before it is complete."""
+    start = (
+        [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=0",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+        ]
+        if processes > 1
+        else []
+    )
+    process = subprocess.Popen(
+        [sys.executable, *start, str(ROOT / "train.py"), *map(str, args)],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
+        if (out / "metrics.jsonl").exists() and len(
+            (out / "metrics.jsonl").read_text().splitlines()
+        ) >= step:
             break
         time.sleep(0.02)
-    time.sleep(0.1)     # into the sampling of the next step
-    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)     # by its output directory: torchrun's workers have groups of their own
+    time.sleep(0.1)  # into the sampling of the next step
+    subprocess.run(
+        ["pkill", "-9", "-f", str(out)], check=False
+    )  # by its output directory: torchrun's workers have groups of their own
     process.wait()
-    assert process.returncode == -signal.SIGKILL, f"the run ended by itself ({process.returncode}) before it could be killed"
+    assert process.returncode == -signal.SIGKILL, (
+        f"the run ended by itself ({process.returncode}) before it could be killed"
+    )
 
 
 @pytest.mark.parametrize("processes, then", [(1, 1), (2, 2), (2, 1)])
-def test_a_killed_run_resumes_to_the_same_metrics(unbroken, trained_model_path, tmp_path, processes, then):
+def test_a_killed_run_resumes_to_the_same_metrics(
+    unbroken, trained_model_path, tmp_path, processes, then
+):
     """Also on another number of processes than it was killed on."""
     out = tmp_path / "broken"
-    args = ["--model", trained_model_path, "--steps", 4, "--save-every", 2, "--output-dir", out, *SMALL]
+    args = [
+        "--model",
+        trained_model_path,
+        "--steps",
+        4,
+        "--save-every",
+        2,
+        "--output-dir",
+        out,
+        *SMALL,
+    ]
     kill_in_step(args, out, 3, processes)
     assert not (out / "model").exists()
     text = run_script("train.py", *args, "--resume", "auto", processes=then if then > 1 else 0)
     assert "4 steps from 2" in text
-    # In one process the same machine repeats itself; across process counts sums are in another order.
+    # In one process the same machine repeats itself; across process counts sums are in another
+    # order.
     assert_equal_metrics(metrics_of(unbroken[0]), metrics_of(out), 1e-6 if processes == 1 else 1e-4)
     assert json.loads((out / "eval.json").read_text())["step"] == 4
 
 
-def test_rollouts_already_sampled_are_trained_on_not_sampled_again(unbroken, trained_model_path, tmp_path, monkeypatch):
-    """Kept from the newest checkpoint on; the resumed step reads them, and other runs' are ignored."""
+def test_rollouts_already_sampled_are_trained_on_not_sampled_again(
+    unbroken, trained_model_path, tmp_path, monkeypatch
+):
+    """Kept from the newest checkpoint on; the resumed step reads them, and other runs' are
+    ignored."""
     out, _ = unbroken
-    assert sorted(p.name for p in (out / "rollouts").iterdir()) == []      # the last checkpoint covers everything
+    assert (
+        sorted(p.name for p in (out / "rollouts").iterdir()) == []
+    )  # the last checkpoint covers everything
     broken = tmp_path / "broken"
-    args = ["--model", str(trained_model_path), "--save-every", "0", "--output-dir", str(broken), *SMALL]
+    args = [
+        "--model",
+        str(trained_model_path),
+        "--save-every",
+        "0",
+        "--output-dir",
+        str(broken),
+        *SMALL,
+    ]
     train.train(parse([*args, "--steps", "2"]))
-    assert sorted(p.name for p in (broken / "rollouts").iterdir()) == ["step-00000000.pkl", "step-00000001.pkl"]
+    assert sorted(p.name for p in (broken / "rollouts").iterdir()) == [
+        "step-00000000.pkl",
+        "step-00000001.pkl",
+    ]
     before = metrics_of(broken)
 
     def refuse(*_, **__):
         raise AssertionError("sampled again")
+
     with monkeypatch.context() as m:
         m.setattr(train, "sample_rollouts", refuse)
         m.setattr(train, "evaluate_and_draw", lambda *_: None)
@@ -132,7 +240,10 @@ def test_rollouts_already_sampled_are_trained_on_not_sampled_again(unbroken, tra
 
 def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
     out, _ = unbroken
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
     identity = json.loads((out / "checkpoints" / "step-00000004" / "run.json").read_text())
     assert identity.pop("step") == 4
     assert checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", identity) == 4
@@ -142,19 +253,24 @@ def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
         checkpoint.check_checkpoint(tmp_path, identity)
 
 
-@pytest.mark.parametrize("args, complaint", [
-    (["--budgets", "24", "12"], "not increasing"),
-    (["--budgets", "48", "400", "--max-response-length", "500"], "context of 256"),
-    (["--probs", "0.5", "0.5", "0.5", "0.5"], "sum to 2"),
-    (["--baseline", "group", "--num-rollouts", "1"], "--num-rollouts must be at least 2"),
-    (["--train-data", "BAD"], "bad.jsonl, line 2: not JSON"),
-    (["--questions-per-step", "4096"], "--questions-per-step 4096"),
-    (["--output-dir", "TAKEN"], "holds another run"),
-    (["--resume", "nowhere"], "no complete checkpoint"),
-    (["--engine", "vllm"], "vLLM is not installed"),
-    (["--preset", "paper-8k"], "needs GPUs and none is visible"),
-])
-def test_bad_input_is_refused_before_anything_is_paid_for(args, complaint, tmp_path, unbroken, monkeypatch):
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        (["--budgets", "24", "12"], "not increasing"),
+        (["--budgets", "48", "400", "--max-response-length", "500"], "context of 256"),
+        (["--probs", "0.5", "0.5", "0.5", "0.5"], "sum to 2"),
+        (["--baseline", "group", "--num-rollouts", "1"], "--num-rollouts must be at least 2"),
+        (["--train-data", "BAD"], "bad.jsonl, line 2: not JSON"),
+        (["--questions-per-step", "4096"], "--questions-per-step 4096"),
+        (["--output-dir", "TAKEN"], "holds another run"),
+        (["--resume", "nowhere"], "no complete checkpoint"),
+        (["--engine", "vllm"], "vLLM is not installed"),
+        (["--preset", "paper-8k"], "needs GPUs and none is visible"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_paid_for(
+    args, complaint, tmp_path, unbroken, monkeypatch
+):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "bad.jsonl").write_text('{"problem": "1 +1 ?", "answer": "2"}\n{"problem"\n')
@@ -175,18 +291,46 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_an_error_is_one_line_with_code_2_and_nobody_hangs(processes, tmp_path):
-    text = run_script("train.py", "--questions-per-step", "15", "--updates-per-step", "1", "--baseline", "critic" if not processes else "brpo",
-                      "--output-dir", tmp_path / "out", processes=processes, expect=2)
+    text = run_script(
+        "train.py",
+        "--questions-per-step",
+        "15",
+        "--updates-per-step",
+        "1",
+        "--baseline",
+        "critic" if not processes else "brpo",
+        "--output-dir",
+        tmp_path / "out",
+        processes=processes,
+        expect=2,
+    )
     if processes:
         assert text.count("error: ") == 1 and "does not divide over 2" in text
-    assert "train.py\", line" not in text and not (tmp_path / "out").exists()
+    assert 'train.py", line' not in text and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("experiment", ["grpo", "grpo-linear", "grpo-vr", "ar-base"])
 def test_every_kind_of_experiment_trains(experiment, trained_model_path, tmp_path):
     small = [a for a in SMALL if a not in ("--num-summaries", "2")]
-    train.train(parse(["--model", str(trained_model_path), "--experiment", experiment, "--steps", "1", "--save-every", "0",
-                       "--output-dir", str(tmp_path / "o"), *small]))
+    train.train(
+        parse(
+            [
+                "--model",
+                str(trained_model_path),
+                "--experiment",
+                experiment,
+                "--steps",
+                "1",
+                "--save-every",
+                "0",
+                "--output-dir",
+                str(tmp_path / "o"),
+                *small,
+            ]
+        )
+    )
     (metrics,) = metrics_of(tmp_path / "o")
-    assert metrics["trained_tokens"] > 0 and len(metrics["reward"]) == (1 if experiment == "grpo" else 4)
+    assert metrics["trained_tokens"] > 0 and len(metrics["reward"]) == (
+        1 if experiment == "grpo" else 4
+    )
     assert not (tmp_path / "o" / "checkpoints").exists()
