@@ -62,7 +62,7 @@ class Protocol:
         longest = len(made.cut_text) + len(made.answer_header)
         if longest >= max_summary_tokens:
             raise ValueError(f"max_summary_tokens {max_summary_tokens} leaves no room for an "
-                             f"answer behind the {longest} appended tokens: raise it above {longest}")
+                             f"answer after the {longest} appended tokens: raise it")
         return made
 
 

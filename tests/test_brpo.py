@@ -142,7 +142,7 @@ def test_bad_baselines_are_refused(rewards, returns):
 
 
 def test_summary_advantages_by_brute_force(scores):
-    # Cuts with ties, as thinkings of 25, 5, 100, 60 and 31 tokens give them at these budgets.
+    # Cuts with ties, as traces of 25, 5, 100, 60 and 31 tokens give them at these budgets.
     lengths = torch.tensor([25, 5, 100, 60, 31])
     cuts = torch.minimum(lengths[None, :, None], BUDGETS).expand(3, 5, 4)
     advantages = brpo.summary_advantages(scores, cuts)
