@@ -115,10 +115,7 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
     summarising: dict[str, tuple[Rollout, Summary]] = {}    # request id -> whose summary it is
 
     for r in rollouts:
-        key = (r.question.index, r.sample)
-        request = Request("-".join(map(str, key)), tuple(r.question.prompt), budgets[-1],
-                          (protocol.think_end, *protocol.eos), request_seed(*seed, *key),
-                          temperature, stream=True)
+        request = thinking_request(r, budgets[-1], protocol, temperature, seed)
         thinking[request.id] = r
         engine.add(request)
 
@@ -131,11 +128,7 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
                     r.summaries.append(s)
                     if r.finish == "eos" and s.cut == len(r.thinking):
                         continue    # the text is over, nothing can follow: its score stays 0
-                    key = (r.question.index, r.sample, s.budget_index, s.draw)
-                    request = Request("-".join(map(str, key)),
-                                      (*r.question.prompt, *r.thinking[:s.cut], *s.appended),
-                                      protocol.max_summary_tokens - len(s.appended), protocol.eos,
-                                      request_seed(*seed, *key), temperature)
+                    request = summary_request(r, s, protocol, temperature, seed)
                     summarising[request.id] = (r, s)
                     engine.add(request)
             else:
@@ -150,6 +143,24 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
             if s.verdict is not None:
                 s.score, s.verdict = float(s.verdict.result()), None
     return rollouts
+
+
+def thinking_request(r: Rollout, max_budget: int, protocol: Protocol, temperature: float,
+                     seed: tuple[int, ...]) -> Request:
+    """Ask for a trace: the prompt, then at most b_M tokens."""
+    key = (r.question.index, r.sample)
+    return Request("-".join(map(str, key)), tuple(r.question.prompt), max_budget,
+                   (protocol.think_end, *protocol.eos), request_seed(*seed, *key), temperature,
+                   stream=True)
+
+
+def summary_request(r: Rollout, s: Summary, protocol: Protocol, temperature: float,
+                    seed: tuple[int, ...]) -> Request:
+    """Ask for a summary: prompt, trace up to the cut, appended text; then the answer."""
+    key = (r.question.index, r.sample, s.budget_index, s.draw)
+    prompt = (*r.question.prompt, *r.thinking[:s.cut], *s.appended)
+    return Request("-".join(map(str, key)), prompt, protocol.max_summary_tokens - len(s.appended),
+                   protocol.eos, request_seed(*seed, *key), temperature)
 
 
 def extend_thinking(r: Rollout, out: Output, protocol: Protocol):

@@ -21,15 +21,15 @@ Departures from the paper, and from the authors' code where the two differ:
  4. Summaries that are not trained (GRPO's variants) are sampled and graded, but not in the update.
  5. A trace that ends in end-of-text scores 0 and is asked for no summary; the authors' code asks.
  6. Grading is by math-verify behind our own rules (verifier.py), not by string form and sympy.
- 7. A summary token weighs as much as a thinking token in the authors' code and in the paper
- presets;
-    in the miniature, whose traces are short, 1/(M·A) of it (--summary-loss mean).
+ 7. A summary token weighs as much as a thinking token in the authors' code and the paper presets,
+    but 1/(M·A) of it in the miniature, whose traces are short (--summary-loss mean).
  8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at
     the paper's 0.6.
  9. A blank line directly behind the answer header is forgiven: the authors' code grades the empty
     paragraph before it, and scores 0. Both grade the first paragraph only.
 10. The denominator's maximum response length is b_M + (M·A + 1) max_summary_tokens, from the run's
-    own M and A, so GRPO's is smaller; AdamW's steps do not depend on the loss's scale.
+    own M and A, so GRPO's is smaller. AdamW's step does not depend on the loss's scale; what
+    clipping the gradient does, depends on it.
 """
 
 import json
