@@ -42,8 +42,10 @@ class Method:
     baseline: Literal["brpo", "progress", "group", "none"] = "brpo"
     decay: float = 0.5                  # λ of V1: how fast a rollout's older rewards are forgotten.
     temperature: float = 1.0            # Sampling temperature; log-probs are taken at the same one.
-    max_summary_tokens: int = 10        # Of one summary, appended text included.
-    # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) max_summary_tokens.
+    max_summary_tokens: int = 7         # Generated tokens of one summary, whatever was appended.
+    max_appended_tokens: int = 3        # Room for the text appended before a summary.
+    # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) times the sum of the
+    # two above.
     max_response_length: int = 0
     # A summary token weighs as much as a thinking token (sum: the authors), or 1/(M·A) (mean).
     summary_loss: Literal["sum", "mean"] = "mean"
@@ -146,7 +148,12 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence in training or evaluation, the prompt included."""
         longest_thinking = max(self.budget_prior.budgets[-1], self.evaluation_budgets[-1])
-        return self.max_prompt_tokens + longest_thinking + self.max_summary_tokens
+        return self.max_prompt_tokens + longest_thinking + self.summary_room
+
+    @property
+    def summary_room(self) -> int:
+        """Tokens of one summary at most, the appended text included."""
+        return self.max_appended_tokens + self.max_summary_tokens
 
     @property
     def response_length(self) -> int:
@@ -154,7 +161,7 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         summaries."""
         budgets = self.budget_prior.budgets
         sequences = len(budgets) * self.num_summaries + 1
-        return self.max_response_length or budgets[-1] + sequences * self.max_summary_tokens
+        return self.max_response_length or budgets[-1] + sequences * self.summary_room
 
     @property
     def denominator(self) -> int:
@@ -171,7 +178,9 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
 
 
 PAPER_8K = {
-    "max_budget": 8000, "max_summary_tokens": 128, "summary_loss": "sum", "num_rollouts": 8,
+    # The authors set 10 tokens aside for the appended text (R1-Distill's has 5 or 8), of 128.
+    "max_budget": 8000, "max_summary_tokens": 118, "max_appended_tokens": 10,
+    "summary_loss": "sum", "num_rollouts": 8,
     "questions_per_step": 64, "updates_per_step": 2, "steps": 0, "epochs": 1,
     "lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.01,
     "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "train_data": "deepscaler",
@@ -233,8 +242,9 @@ def check(config: Config, world_size: int = 1) -> None:
     """Everything that flags alone can get wrong; ValueError names the flag and the fix."""
     c = config
     for name in ("num_rollouts", "num_summaries", "questions_per_step", "updates_per_step",
-                 "max_prompt_tokens", "num_eval_budgets", "eval_samples", "tensor_parallel_size",
-                 "max_tokens_per_row", "keep_checkpoints", "verifier_workers"):
+                 "max_prompt_tokens", "max_summary_tokens", "num_eval_budgets", "eval_samples",
+                 "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints",
+                 "verifier_workers"):
         if getattr(c, name) < 1:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least 1")
     for name in ("lr", "temperature", "clip", "max_grad_norm", "kv_cache_gb"):

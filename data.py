@@ -146,7 +146,7 @@ def open_tokenizer(model: str, longest_sequence: int):
         except OSError:     # a model need not ship one
             eos = None
     if longest_sequence > context:
-        raise ValueError(f"max_prompt_tokens + largest budget + max_summary_tokens = "
+        raise ValueError(f"max_prompt_tokens + largest budget + summary, appended text included, = "
                          f"{longest_sequence} tokens, but {model} has a context of {context}: "
                          "lower the budgets or max_prompt_tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos or []

@@ -38,14 +38,15 @@ class Protocol:
     eos: tuple[int, ...]
     cut_text: tuple[int, ...]
     answer_header: tuple[int, ...]
-    max_summary_tokens: int     # appended text included
+    max_summary_tokens: int     # generated ones; the appended text comes on top
 
     @classmethod
-    def of(cls, tokenizer, max_summary_tokens: int = 128, eos: Iterable[int] = ()) -> "Protocol":
+    def of(cls, tokenizer, max_summary_tokens: int = 118, eos: Iterable[int] = (),
+           max_appended_tokens: int = 10) -> "Protocol":
         """`eos`: further end-of-text ids (a model's generation config may list several).
 
-        Raises ValueError when the tokenizer has no one-token </think>: traces are stopped and
-        counted at that token.
+        Raises ValueError when the tokenizer has no one-token </think> (traces are stopped and
+        counted at that token), or needs more than `max_appended_tokens` for the appended text.
         """
         def encode(text):
             return tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -60,9 +61,9 @@ class Protocol:
         made = cls(think_end[0], tuple(sorted({tokenizer.eos_token_id, *eos})), encode(CUT_TEXT),
                    encode(ANSWER_HEADER), max_summary_tokens)
         longest = len(made.cut_text) + len(made.answer_header)
-        if longest >= max_summary_tokens:
-            raise ValueError(f"max_summary_tokens {max_summary_tokens} leaves no room for an "
-                             f"answer behind the {longest} appended tokens: raise it above {longest}")
+        if longest > max_appended_tokens:
+            raise ValueError(f"the tokenizer of {name} needs {longest} tokens for the text before "
+                             f"a summary: raise max_appended_tokens {max_appended_tokens}")
         return made
 
 
@@ -134,7 +135,7 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
                     key = (r.question.index, r.sample, s.budget_index, s.draw)
                     request = Request("-".join(map(str, key)),
                                       (*r.question.prompt, *r.thinking[:s.cut], *s.appended),
-                                      protocol.max_summary_tokens - len(s.appended), protocol.eos,
+                                      protocol.max_summary_tokens, protocol.eos,
                                       request_seed(*seed, *key), temperature)
                     summarising[request.id] = (r, s)
                     engine.add(request)

@@ -28,8 +28,16 @@ Departures from the paper, and from the authors' code where the two differ:
     the paper's 0.6.
  9. A blank line directly behind the answer header is forgiven: the authors' code grades the empty
     paragraph before it, and scores 0. Both grade the first paragraph only.
-10. The denominator's maximum response length is b_M + (M·A + 1) max_summary_tokens, from the run's
-    own M and A, so GRPO's is smaller; AdamW's steps do not depend on the loss's scale.
+10. The denominator's maximum response length is b_M + (M·A + 1) (max_summary_tokens +
+    max_appended_tokens), from the run's own M and A, so GRPO's is smaller; AdamW's steps do not
+    depend on the loss's scale.
+11. Rows whose ground truth is blank are dropped: no answer to them could ever score.
+12. The format rule is read from text: the authors' code counts one token id, and would let pass a
+    second </think> that the policy spells in several smaller tokens.
+13. The first update has the full learning rate: in the authors' run the schedule gives the whole
+    first step rate 0, so it moves nothing.
+14. The updates of a step are split strictly by question: the authors' mix a few percent of the
+    second half's questions into the first.
 """
 
 import json
@@ -183,7 +191,7 @@ def prepare(c: Config) -> Run:
     newest, first_step = checkpoint.find(Path(c.output_dir), c.resume, identity)
 
     tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
-    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos)
+    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
     questions, report = load_questions(c.train_data, *how)
     reports, eval_sets = [report], {}

@@ -151,7 +151,7 @@ def main(a: Arguments):
         Qwen2ForCausalLM(
             Qwen2Config(**(TOY if a.tiny else REAL), eos_token_id=1, pad_token_id=0)
         ).to(torch.bfloat16).save_pretrained(path)
-        longest = 200 + budgets[-1] + c.max_summary_tokens
+        longest = 200 + budgets[-1] + c.summary_room
         engine = (
             make_engine("vllm", path, device, longest, kv_cache_gb=c.kv_cache_gb)
             if a.rollout

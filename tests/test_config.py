@@ -81,8 +81,10 @@ def test_what_depends_on_the_largest_budget_follows_it():
         24,
         32,
     )
+    assert (c.max_summary_tokens, c.summary_room) == (118, 128)  # generated; with the appended text
+    assert Config().response_length == 48 + 17 * 10
     assert parse(["--max-response-length", "99"]).response_length == 99
-    assert parse(["--eval-budgets", "5", "90"]).longest_sequence == 12 + 90 + 10
+    assert parse(["--eval-budgets", "5", "90"]).longest_sequence == 12 + 90 + 3 + 7
 
 
 def test_help_lists_every_flag_in_groups(capsys):

@@ -40,7 +40,7 @@ class CountingEngine:
 
 def test_the_curve_by_hand(tiny_model_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    protocol = Protocol.of(tokenizer, 10)
+    protocol = Protocol.of(tokenizer, 7)
     prompt = tuple(tokenizer.encode("1 +1 +1 ?<think>"))
     questions = [
         Question(0, "", "3", prompt),
