@@ -38,8 +38,9 @@ class Method:
     num_summaries: int = 4              # A, summaries per budget.
     # Train the summaries of all cuts (decoupled, uniform prior), or of the last budget (GRPO).
     train_summaries: Literal["all", "last"] = "all"
-    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none.
-    baseline: Literal["brpo", "progress", "group", "none"] = "brpo"
+    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none; and not in the
+    # paper: loo (V2 without the rollout itself), fitted (the mixture's weights by regression).
+    baseline: Literal["brpo", "progress", "group", "none", "loo", "fitted"] = "brpo"
     decay: float = 0.5                  # λ of V1: how fast a rollout's older rewards are forgotten.
     temperature: float = 1.0            # Sampling temperature; log-probs are taken at the same one.
     max_summary_tokens: int = 7         # Generated tokens of one summary, whatever was appended.
@@ -256,7 +257,7 @@ def check(config: Config, world_size: int = 1) -> None:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: cannot be negative")
     if not 0 < c.decay <= 1:
         raise ValueError(f"--decay {c.decay}: λ lies in (0, 1]")
-    if c.num_rollouts < 2 and c.baseline in ("brpo", "group"):
+    if c.num_rollouts < 2 and c.baseline in ("brpo", "group", "loo", "fitted"):
         raise ValueError(f"--baseline {c.baseline} compares rollouts of one question: "
                          f"--num-rollouts must be at least 2, not {c.num_rollouts}")
     if c.num_rollouts < 2 and c.num_summaries == 1:

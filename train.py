@@ -100,8 +100,9 @@ def train(c: Config):
         scores = scores_of(rollouts, G, M, A)                                       # [B, G, M, A]
         rewards = mean_rewards(scores)                                              # [B, G, M]
         returns = cumulative_returns(rewards, prior.probs)                          # [B, G, M]
+        lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(-1, G)  # [B, G]
         thinking_advantages = brpo.thinking_advantages(
-            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay)      # [B, G, M]
+            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay, lengths)  # [B, G, M]
         summary_advantages = c.summary_weight * brpo.summary_advantages(
             scores, cuts_of(rollouts, G, prior.budgets))                            # [B, G, M, A]
 
