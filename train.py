@@ -52,7 +52,7 @@ import checkpoint
 import distributed
 import miniature
 from config import Config, batch_arithmetic, check, parse
-from data import load_questions, open_tokenizer, questions_of_step
+from data import load_questions, open_tokenizer, questions_of_step, set_names
 from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
 from metrics import Clock, log, report
@@ -196,7 +196,7 @@ def prepare(c: Config) -> Run:
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
     questions, report = load_questions(c.train_data, *how)
     reports, eval_sets = [report], {}
-    for name in c.eval_data:
+    for name in set_names(c.eval_data):
         eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions)
         reports.append(report)
     if len(questions) < c.questions_per_step:

@@ -49,6 +49,10 @@ def test_the_papers_main_run_by_its_numbers():
         c.response_length == 10176 and c.denominator == 32 * 8 * 10176 and c.summary_weight == 1.0
     )
     assert "512 thinking traces of up to 8000 tokens" in batch_arithmetic(c, 8)
+    for preset in ("paper-8k", "paper-16k"):
+        c = parse(["--preset", preset])
+        assert (c.eval_samples, c.eval_every) == (32, 20)
+        assert c.eval_data == ("paper/aime", "paper/amc")
 
 
 def test_the_experiments_are_the_papers_table():
