@@ -178,8 +178,8 @@ def fetch_paper_set(name: str) -> Path:
         partial.write_bytes(content)
         partial.replace(path)
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
-        raise ValueError(f"{path} is not the file of the paper's numbers (SHA-256 {found[:12]}, not "
-                         f"{expected[:12]}): delete it to fetch it again")
+        raise ValueError(f"{path} is not the file of the paper's numbers (SHA-256 {found[:12]}, "
+                         f"not {expected[:12]}): delete it to fetch it again")
     return path
 
 

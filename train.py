@@ -11,8 +11,9 @@
 
 The default run warm-starts a tiny model on arithmetic with wasteful thinking traces, then raises
 its accuracy at every budget. A run leaves in <output_dir>: config.json, metrics.jsonl (a line a
-step), eval.json, anytime_curve.png (before and after), model/ (Hugging Face layout), checkpoints/
-and rollouts/ (since the newest of them). config.py holds every constant.
+step), samples.jsonl (a few rollouts a step, as text), eval.json, anytime_curve.png (before and
+after), model/ (Hugging Face layout), checkpoints/ and rollouts/ (since the newest of them).
+config.py holds every constant.
 
 Departures from the paper, and from the authors' code where the two differ:
  1. The sampler correction min(exp(old - sampler), C) is on, C = 2; --sampler-cap 0 is the paper.
