@@ -116,12 +116,12 @@ def main():
     parser.add_argument("--budgets", type=int, default=4, help="M, evenly spaced")
     parser.add_argument("--summaries", type=int, default=4, help="A, per budget")
     parser.add_argument("--max-budget", type=int, default=512)
-    parser.add_argument("--max-summary-tokens", type=int, default=24, help="appended text included")
+    parser.add_argument("--max-summary-tokens", type=int, default=21, help="generated ones")
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args()
 
     prompt_tokens = 32
-    longest = prompt_tokens + a.max_budget + a.max_summary_tokens
+    longest = prompt_tokens + a.max_budget + 3 + a.max_summary_tokens  # 3 are appended
     rng = random.Random(0)
     lengths = {
         f"{q}-{g}": min(a.max_budget, max(8, round(-math.log(1 - rng.random()) * a.max_budget / 3)))

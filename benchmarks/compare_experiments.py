@@ -99,6 +99,7 @@ def main(a: Arguments):
         draw_curves(
             {"before": mean_curve(before), **{e: mean_curve(rs) for e, rs in results.items()}},
             Path(a.picture),
+            band="shaded: ± 1 standard deviation over seeds",
         )
     first = results[a.experiments[0]]
     print(
