@@ -139,7 +139,11 @@ class Arguments:
 
 
 def settings(a: Arguments) -> Config:
-    """The preset with what the arguments override."""
+    """The preset with what the arguments override; ValueError names a bad one."""
+    if a.summaries < 1:
+        raise ValueError(f"--summaries {a.summaries}: must be at least 1")
+    if a.samples < 0 or a.chunk < 0:
+        raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
              "engine": a.engine, "prompt_template": a.prompt_template,
              "max_prompt_tokens": a.max_prompt_tokens}
