@@ -10,6 +10,7 @@ standard error by the bootstrap over questions: samples of one question are not 
 Randomness: numpy, from the seed alone.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -38,6 +39,25 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
             "thinking_tokens": len(r.thinking),
             "summary_tokens": sum(len(s.tokens) for s in r.summaries) / len(r.summaries),
             "scores": [scores[i:i + draws] for i in range(0, len(scores), draws)], **first}
+
+
+def digest(*values) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: str, *settings) -> str:
+    """A hash of everything that records depend on, besides their questions: the model's files (of a
+    hub name the commit), the code that samples and grades, and the settings."""
+    from transformers import AutoConfig
+
+    code = [Path(__file__).with_name(f"{name}.py")
+            for name in ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")]
+    files = []
+    for path in [*sorted(p for p in Path(model).rglob("*") if p.is_file()), *code]:
+        with path.open("rb") as f:
+            files.append((path.name, hashlib.file_digest(f, "sha256").hexdigest()))
+    commit = None if Path(model).is_dir() else AutoConfig.from_pretrained(model)._commit_hash
+    return digest(files, commit, settings)
 
 
 def read_records(place: Path) -> list[dict]:

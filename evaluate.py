@@ -16,7 +16,6 @@ The paper's variance figure is the "variance" block of
         --budgets 2000 4000 6000 8000
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +26,8 @@ from tqdm import tqdm
 import distributed
 from config import FINAL_TABLES, PRESETS, Config
 from curves import (
+    digest,
+    fingerprint,
     paired_differences,
     per_question,
     read_records,
@@ -178,26 +179,6 @@ def prepare(a: Arguments, c: Config) -> dict:
     return opened
 
 
-def digest(*values) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
-
-
-def fingerprint(model: str, a: Arguments, c: Config, protocol: Protocol, device) -> str:
-    """A hash of everything that records depend on, besides their questions: the model's files (of a
-    hub name the commit), every setting, and the code that samples and grades."""
-    from transformers import AutoConfig
-
-    code = [Path(__file__).with_name(f"{name}.py")
-            for name in ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")]
-    files = []
-    for path in [*(sorted(p for p in Path(model).rglob("*") if p.is_file())), *code]:
-        with path.open("rb") as f:
-            files.append((path.name, hashlib.file_digest(f, "sha256").hexdigest()))
-    commit = None if Path(model).is_dir() else AutoConfig.from_pretrained(model)._commit_hash
-    return digest(files, commit, device.type, c.engine, c.evaluation_budgets, c.eval_samples,
-                  a.summaries, c.eval_temperature, c.seed, asdict(protocol))
-
-
 def main(args: list[str] | None = None):
     import tyro
 
@@ -219,8 +200,9 @@ def main(args: list[str] | None = None):
                         c.eval_temperature, (c.seed, EVALUATION, 0), labels[model])
                 engine.close()
                 continue
-            folder = (output / "records" / f"{labels[model].replace('/', '-')}-"
-                      f"{fingerprint(model, a, c, protocol, device)}")
+            place = fingerprint(model, device.type, c.engine, c.evaluation_budgets, c.eval_samples,
+                                a.summaries, c.eval_temperature, c.seed, asdict(protocol))
+            folder = output / "records" / f"{labels[model].replace('/', '-')}-{place}"
             records[model] = sample_records(
                 engine, sets, c.evaluation_budgets, c.eval_samples, protocol, tokenizer, verifier,
                 c.eval_temperature, c.seed, summaries=a.summaries, folder=folder, chunk=a.chunk,
