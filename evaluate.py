@@ -16,7 +16,6 @@ The paper's variance figure is the "variance" block of
         --budgets 2000 4000 6000 8000
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +26,8 @@ from tqdm import tqdm
 import distributed
 from config import FINAL_TABLES, PRESETS, Config
 from curves import (
+    digest,
+    fingerprint,
     paired_differences,
     per_question,
     read_records,
@@ -61,12 +62,12 @@ def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, .
 
 
 def curve_of(records: dict[str, list[dict]], budgets: tuple[int, ...], samples: int,
-             temperature: float, seed: int, group: int = 8) -> dict:
+             temperature: float, seed: int) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of) for name, of in records.items()}
     return {"budgets": list(budgets), **summarise(columns, budgets, seed),
             "samples": samples, "temperature": temperature, "seed": seed,
-            "variance": variance_figure(records, budgets, temperature, group),
+            "variance": variance_figure(records, budgets, temperature),
             "example": next(iter(records.values()))[0]["example"]}
 
 
@@ -93,7 +94,7 @@ def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, 
 
     out = {}
     for number, (name, questions) in enumerate(sets.items()):
-        place = folder / str(number) if folder else None
+        place = folder / f"{number}-{digest(questions)}" if folder else None
         records = read_records(place) if place else []
         known = {r["question"] for r in records}
         bar.update(len(records) * len(budgets) * summaries)
@@ -139,7 +140,11 @@ class Arguments:
 
 
 def settings(a: Arguments) -> Config:
-    """The preset with what the arguments override."""
+    """The preset with what the arguments override; ValueError names a bad one."""
+    if a.summaries < 1:
+        raise ValueError(f"--summaries {a.summaries}: must be at least 1")
+    if a.samples < 0 or a.chunk < 0:
+        raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
              "engine": a.engine, "prompt_template": a.prompt_template,
              "max_prompt_tokens": a.max_prompt_tokens}
@@ -174,24 +179,6 @@ def prepare(a: Arguments, c: Config) -> dict:
     return opened
 
 
-def fingerprint(model: str, a: Arguments, c: Config, protocol: Protocol, sets: dict, device) -> str:
-    """A hash of everything that the records depend on: the model's files (a hub name's commit), the
-    questions as tokens, every setting, and the code that samples and grades."""
-    from transformers import AutoConfig
-
-    code = [Path(__file__).with_name(f"{name}.py")
-            for name in ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")]
-    digest = hashlib.sha256()
-    for path in [*(sorted(p for p in Path(model).rglob("*") if p.is_file())), *code]:
-        with path.open("rb") as f:
-            digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
-    if not Path(model).is_dir():
-        digest.update(f"{model} {AutoConfig.from_pretrained(model)._commit_hash}".encode())
-    digest.update(repr([device.type, c.engine, c.evaluation_budgets, c.eval_samples, a.summaries,
-                        c.eval_temperature, c.seed, asdict(protocol), sets]).encode())
-    return digest.hexdigest()[:16]
-
-
 def main(args: list[str] | None = None):
     import tyro
 
@@ -208,19 +195,21 @@ def main(args: list[str] | None = None):
             engine = make_engine(c.engine, model, device, c.longest_sequence,
                                  kv_cache_gb=c.kv_cache_gb)
             if a.ask:
-                ask(engine, sets[0], c.evaluation_budgets, protocol, tokenizer, c.eval_temperature,
-                    (c.seed, EVALUATION), labels[model])
+                if distributed.rank() == 0:
+                    ask(engine, sets[0], c.evaluation_budgets, protocol, tokenizer,
+                        c.eval_temperature, (c.seed, EVALUATION, 0), labels[model])
                 engine.close()
                 continue
-            folder = (output / "records" / f"{labels[model].replace('/', '-')}-"
-                      f"{fingerprint(model, a, c, protocol, sets, device)}")
+            place = fingerprint(model, device.type, c.engine, c.evaluation_budgets, c.eval_samples,
+                                a.summaries, c.eval_temperature, c.seed, asdict(protocol))
+            folder = output / "records" / f"{labels[model].replace('/', '-')}-{place}"
             records[model] = sample_records(
                 engine, sets, c.evaluation_budgets, c.eval_samples, protocol, tokenizer, verifier,
                 c.eval_temperature, c.seed, summaries=a.summaries, folder=folder, chunk=a.chunk,
                 label=labels[model])
             engine.close()
             curves[model] = curve_of(records[model], c.evaluation_budgets, c.eval_samples,
-                                     c.eval_temperature, c.seed, c.num_rollouts)
+                                     c.eval_temperature, c.seed)
     if distributed.rank() == 0 and not a.ask:
         write_results(a, c, output, labels, curves, records, opened)
     distributed.stop()

@@ -334,3 +334,12 @@ def test_every_kind_of_experiment_trains(experiment, trained_model_path, tmp_pat
         1 if experiment == "grpo" else 4
     )
     assert not (tmp_path / "o" / "checkpoints").exists()
+
+
+def test_a_resumed_run_does_the_logs_behind_its_checkpoint_again(tmp_path):
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(4))
+    for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+        (tmp_path / name).write_text(lines + '{"step": 4, "torn')
+    checkpoint.begin_files(tmp_path, {}, first_step=2, resumed=True)
+    kept = {p.name: len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")}
+    assert kept == {"metrics.jsonl": 2, "samples.jsonl": 2, "evals.jsonl": 3}
