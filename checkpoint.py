@@ -159,6 +159,7 @@ def check_checkpoint(path: Path, identity: dict) -> Start:
 
 def load_checkpoint(path: Path, model, optimizer):
     """Fill model and optimizer in place, on any number of processes."""
+    _Reader(path).read_metadata()       # torch would wrap its ValueError, not even in an Exception
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, storage_reader=_Reader(path), planner=_Planner())
@@ -191,7 +192,7 @@ class _Reader(dcp.FileSystemReader):
 
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item, value):
-        """Settings of the optimizer travel as pickles: reread as plain values, then written anew."""
+        """Settings of the optimizer travel as pickles: read as plain values, written anew."""
         plain = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), plain)
         plain.seek(0)

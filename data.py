@@ -184,12 +184,12 @@ def open_tokenizer(model: str, longest_sequence: int):
             skip_unreachable_hub()
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            context = AutoConfig.from_pretrained(
-                model, trust_remote_code=False).max_position_embeddings
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         except Exception as e:      # the parsers of tokenizer.json raise plain Exception
             raise ValueError(f"--model {model}: no model directory or hub name that can be read "
                              f"({first_line(e)})") from e
-        check_weights(model, len(tokenizer))
+        check_weights(model, config, len(tokenizer))
+        context = config.max_position_embeddings
         try:
             eos = GenerationConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
         except OSError:     # a model need not ship one
@@ -201,16 +201,15 @@ def open_tokenizer(model: str, longest_sequence: int):
     return tokenizer, [eos] if isinstance(eos, int) else eos or []
 
 
-def check_weights(model: str, vocabulary: int):
+def check_weights(model: str, config, vocabulary: int):
     """ValueError where a model cannot be trained here, or its files are not those of its config.
 
     From headers alone: transformers fills weights that are missing with random ones, and goes on.
     """
     import torch
     from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     try:
         with torch.device("meta"):      # names and shapes only
             made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -220,8 +219,8 @@ def check_weights(model: str, vocabulary: int):
                          "model (Qwen, Llama, ...)") from None
     rows = made.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
-        raise ValueError(f"--model {model}: its tokenizer has {vocabulary} tokens, its weights only "
-                         f"{rows}: one of them is of another model")
+        raise ValueError(f"--model {model}: its tokenizer has {vocabulary} tokens, its weights "
+                         f"only {rows}: one of them is of another model")
     if not Path(model).is_dir():
         return
     files = sorted(Path(model).glob("*.safetensors"))

@@ -42,7 +42,9 @@ def main(run: Callable):
     threading.Thread(target=report_standstill, daemon=True).start()
     try:
         run()
-    except Exception:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:       # torch's checkpoints raise one that is no Exception
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()

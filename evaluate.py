@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 
 import distributed
-from config import PRESETS, Config
+from config import PRESETS, Config, check, refuse_empty
 from data import Question, load_questions, open_tokenizer
 from engines import make_engine, require_engine
 from rollout import Protocol, make_grader, sample_rollouts, scores_of
@@ -103,16 +103,29 @@ def settings(a: Arguments) -> Config:
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
              "engine": a.engine, "prompt_template": a.prompt_template}
     given = {name: value for name, value in given.items() if value}
-    if a.questions >= 0:
+    if a.questions != Arguments.questions:
         given["eval_questions"] = a.questions
-    if a.temperature >= 0:
+    if a.temperature != Arguments.temperature:
         given["eval_temperature"] = a.temperature
     return replace(Config(**PRESETS[a.preset]), seed=a.seed, question_field=a.question_field,
                    answer_field=a.answer_field, **given)
 
 
+def output_directory(a: Arguments) -> Path:
+    return Path(a.output_dir or Path(a.models[0]).parent / "evaluation")
+
+
 def prepare(a: Arguments, c: Config) -> dict:
     """{model: (tokenizer, protocol, question sets)}, checked before any weight is loaded."""
+    if not a.models:
+        raise ValueError("no model: name one or more directories or hub names")
+    if "miniature" in a.models:
+        raise ValueError("miniature is no model to evaluate but one that train.py makes: name its "
+                         "directory, runs/.../model")
+    for name in ("samples", "questions", "temperature", "seed"):
+        if getattr(a, name) < 0 and getattr(a, name) != getattr(Arguments, name):
+            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
+    check(c)
     require_engine(c.engine)
     opened = {}
     for model in a.models:
@@ -126,13 +139,21 @@ def prepare(a: Arguments, c: Config) -> dict:
             if distributed.rank() == 0 and model == a.models[0]:
                 print(report)
         opened[model] = tokenizer, Protocol.of(tokenizer, c.max_summary_tokens, eos), sets
+    if distributed.rank() == 0:
+        try:
+            output_directory(a).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--output-dir {output_directory(a)} cannot be written "
+                             f"({e.strerror}): choose another") from None
     return opened
 
 
 def main(args: list[str] | None = None):
     import tyro
 
-    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args)
+    refuse_empty(args)
+    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args,
+                 console_outputs=distributed.rank() == 0)
     with distributed.exit_on_bad_input():
         c = settings(a)
         opened = prepare(a, c)
@@ -153,8 +174,7 @@ def main(args: list[str] | None = None):
                       + f"\n  anytime {curve['anytime_accuracy']:.4f}"
                       + f"   final {curve['final_accuracy']:.4f}")
     if distributed.rank() == 0:
-        output = Path(a.output_dir or Path(a.models[0]).parent / "evaluation")
-        output.mkdir(parents=True, exist_ok=True)
+        output = output_directory(a)
         # One model: its curve is the file's content; several: one entry each.
         content = curves[a.models[0]] if len(curves) == 1 else {"models": curves}
         (output / "eval.json").write_text(json.dumps(content, indent=1))
@@ -164,4 +184,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    distributed.main(main)

@@ -62,18 +62,18 @@ def log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_nor
 def write_and_print(c, run, bar, step, rollouts, rewards, returns, stats, graded, grad_norms,
                     applied, clock):
     grades = {k: sum(g[k] for g in graded) for k in graded[0]}
-    m = without_nan({
+    m = {
         "step": step,
         **rollout_metrics(c, rollouts, rewards, returns),
         **update_metrics(stats, c.updates_per_step), "grad_norm": grad_norms,
         "skipped_updates": applied.count(False),
         **{f"verifier/{k}": v for k, v in grades.items()},
         **clock.seconds, "time/step": time.perf_counter() - clock.start,
-    })
+    }
     if torch.cuda.is_available():
         m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     with (run.dir / "metrics.jsonl").open("a") as f:
-        f.write(json.dumps(m) + "\n")
+        f.write(json.dumps(without_nan(m)) + "\n")
     bar.update()
     tqdm.write(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
                f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
@@ -84,17 +84,17 @@ def write_and_print(c, run, bar, step, rollouts, rewards, returns, stats, graded
 
 
 def warnings(c, m: dict, rollouts: list, applied: list[bool], grades: dict) -> list[str]:
-    """What must not pass unseen. `m`: the step's metrics, None where a number was not finite."""
+    """What must not pass unseen. `m`: the step's metrics."""
     found, size = [], len(rollouts) // len(applied)
     for i, ok in enumerate(applied):
         if not ok:
             at = sorted({r.question.index for r in rollouts[i * size:(i + 1) * size]})
-            found.append(f"update {i} had a nan or an infinity and was skipped; its questions: {at}")
+            found.append(f"update {i} had a nan or an infinity, so it was skipped. Questions: {at}")
     found += [f"{name} {m[name]:.3g} is above {bound}: the policy has moved far in one step"
-              for name, bound in LOUD.items() if (m[name] or 0) > bound]
-    if (norm := max(g or 0 for g in m["grad_norm"])) > LOUD_GRAD_NORM * c.max_grad_norm:
-        found.append(f"a gradient of norm {norm:.3g} was clipped to {c.max_grad_norm}: only its "
-                     "direction is left")
+              for name, bound in LOUD.items() if m[name] > bound]
+    found += [f"a gradient of norm {norm:.3g} was clipped to {c.max_grad_norm}: only its direction "
+              "is left" for norm in m["grad_norm"]
+              if LOUD_GRAD_NORM * c.max_grad_norm < norm < math.inf]
     if not any(m["reward"]):
         found.append("no summary was right: nothing to learn from, or the policy has collapsed")
     if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:

@@ -84,7 +84,8 @@ def enter(output_dir: Path, resume: str):
 
     The kernel lets go of the lock when the first process ends, however it ends.
     """
-    file, token = None, broadcast(f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(4)}")
+    file, token = None, f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(4)}"
+    token = broadcast(token)
     with together():
         if rank() == 0:
             file = _lock(output_dir, token)
