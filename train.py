@@ -110,8 +110,7 @@ def train(c: Config):
             updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
                             for row in plan])
 
-        # log-probs under the weights that sampled, from the trainer itself, in the update's own
-        # rows
+        # log-probs under the weights that sampled, by the trainer itself, in the update's rows
         with clock("old_logp"), torch.no_grad():
             old_logps = [[model.token_logprobs(row, c.temperature) for row in rows]
                          for rows in updates]
@@ -147,6 +146,7 @@ def train(c: Config):
         checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
     engine.close()
+    run.leave()
     if stopping:
         distributed.exit_stopped(step)
     if rank == 0:
@@ -176,6 +176,11 @@ class Run:
     evaluation: dict            # all that changes an evaluation; only like ones are compared
     history: list = field(default_factory=list)     # evaluations so far
     skipped: int = 0            # updates skipped in a row
+
+    def leave(self):
+        """Let go of the directory; only the first process holds it."""
+        if self.lock:
+            self.lock.close()
 
 
 def prepare(c: Config) -> Run:
