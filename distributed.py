@@ -231,8 +231,9 @@ def any_process(flag: bool) -> bool:
     return bool(total)
 
 
-def all_finite(numbers) -> bool:
-    """Are all of these finite, on every process?"""
+def all_finite(grad_norm: float, stats: list[dict]) -> bool:
+    """Are all numbers of an update finite, on every process?"""
+    numbers = [grad_norm, *(x for of_row in stats for x in of_row.values())]
     return not any_process(not all(math.isfinite(float(x)) for x in numbers))
 
 

@@ -17,6 +17,7 @@ import brpo
 import distributed
 from checkpoint import last_good
 from config import Config
+from rollout import readable
 from verifier import LOUD_FAILURE_SHARE, failure_share
 
 EXPECTED_RISE = 0.25            # of anytime accuracy, in the default run
@@ -24,6 +25,7 @@ MAX_SKIPPED = 5                 # updates in a row with a nan or an infinity: th
 # A step beyond one of these gets a warning: its updates may have destroyed the policy.
 LOUD = {"kl": 0.5, "clip_share": 0.5}
 LOUD_GRAD_NORM = 1e3            # × max_grad_norm, before clipping
+SAMPLES_PER_STEP = 2            # rollouts a step that samples.jsonl keeps as text
 
 
 class Clock:
@@ -74,6 +76,7 @@ def write_and_print(c, run, bar, step, rollouts, rewards, returns, stats, graded
         m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     with (run.dir / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(without_nan(m)) + "\n")
+    write_samples(c, run, step, rollouts)
     bar.update()
     tqdm.write(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
                f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
@@ -101,6 +104,15 @@ def warnings(c, m: dict, rollouts: list, applied: list[bool], grades: dict) -> l
         found.append(f"{share:.1%} of the gradings failed and scored 0, which biases rewards: "
                      f"{grades}")
     return found
+
+
+def write_samples(c, run, step: int, rollouts):
+    """A few rollouts as text, the first of evenly spaced questions, into samples.jsonl."""
+    few = rollouts[::max(1, c.questions_per_step // SAMPLES_PER_STEP) * c.num_rollouts]
+    with (run.dir / "samples.jsonl").open("a") as f:
+        for r in few[:SAMPLES_PER_STEP]:
+            sample = readable(r, c.budget_prior.budgets, run.tokenizer)
+            f.write(json.dumps({"step": step, **sample}) + "\n")
 
 
 def rollout_metrics(c, rollouts, rewards, returns) -> dict:
@@ -152,10 +164,15 @@ def first_comparable(history: list[dict]) -> dict:
 
 
 def report(c, output_dir: Path, history: list[dict]):
-    """The anytime curve before and after training, on the terminal."""
+    """One question and the anytime curve before and after training, on the terminal."""
     before, after = first_comparable(history), history[-1]
     if before["step"] > history[0]["step"]:
         print(f"\nevaluations before step {before['step']} had other settings: not compared")
+    question = after["example"]
+    print(f"\n{question['question']}   (ground truth {question['ground_truth']})")
+    for name, e in (("before", before), ("after", after)):
+        print(f"{name} training, the thinking up to each budget and the answer given there:")
+        print(*example_lines(e["example"]), sep="\n")
     print("\nbudget  " + "".join(f"{b:>8}" for b in after["budgets"]) + "   anytime")
     for name, e in (("before", before), ("after", after)):
         print(f"{name:8}" + "".join(f"{a:8.3f}" for a in e["accuracy"])
@@ -166,4 +183,17 @@ def report(c, output_dir: Path, history: list[dict]):
         print(f"anytime accuracy rose by {rise:.3f}; expected: at least {EXPECTED_RISE} "
               "(seeds 0-4: 0.414 to 0.467)"
               + ("" if rise >= EXPECTED_RISE else "   << LESS THAN EXPECTED"))
-    print(f"wrote {output_dir}/: model/, metrics.jsonl, eval.json, anytime_curve.png")
+    print(f"wrote {output_dir}/: model/, metrics.jsonl, samples.jsonl, eval.json, "
+          "anytime_curve.png")
+
+
+def example_lines(example: dict, width: int = 60) -> list[str]:
+    """A rollout (rollout.readable) as a line per budget; of a long text, its end."""
+    def flat(text: str, width: int) -> str:
+        text = " ".join(text.split())
+        return text if len(text) <= width else "…" + text[1 - width:]
+
+    longest = min(width, max(len(flat(cut["thinking"], width)) for cut in example["cuts"]))
+    return [f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
+            f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"
+            for cut in example["cuts"]]

@@ -145,7 +145,8 @@ def begin(output_dir: Path, checkpoint: Path | None, first_step: int) -> list[di
     if checkpoint and not (output_dir / "metrics.jsonl").exists():
         source = checkpoint.resolve().parents[1]
     first_evaluation = first_step + 1 if checkpoint else 0      # the checkpoint's own step has one
-    for name, first in (("metrics.jsonl", first_step), ("evals.jsonl", first_evaluation)):
+    for name, first in (("metrics.jsonl", first_step), ("samples.jsonl", first_step),
+                        ("evals.jsonl", first_evaluation)):
         kept = [line for line in read_lines(source / name) if line["step"] < first]
         write(output_dir / name, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -48,7 +48,7 @@ def watch(directory: Path, log: Path | None, kill_at: int, number: int):
 
     def seen(name: str, path):
         nonlocal count
-        path = os.fspath(path) if not isinstance(path, int) else os.readlink(f"/proc/self/fd/{path}")
+        path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)
         path = path.decode() if isinstance(path, bytes) else path
         if path.startswith(str(directory)):
             count += 1
@@ -148,7 +148,8 @@ def main():
         seconds = time.monotonic() - start
         assert codes == [0] * processes, (work / "output.txt").read_text()[-3000:]
         wanted, operations = result(whole), log.read_text().splitlines()
-        print(f"{processes} process(es): {len(operations)} file operations, {seconds:.0f} s", flush=True)
+        print(f"{processes} process(es): {len(operations)} file operations, {seconds:.0f} s",
+              flush=True)
         points = [(f"before {i}: {operations[i - 1]}", {"kill_at": i})
                   for i in range(1, len(operations) + 1, a.every)]
         points += [(f"after {t:.2f} s", {"after": t})
