@@ -19,6 +19,7 @@ import torch
 
 import brpo
 from budgets import prior_probs
+from data import model_digest
 from metrics import without_nan
 from rewards import cumulative_returns, mean_rewards
 from rollout import Rollout, readable
@@ -48,16 +49,9 @@ def digest(*values) -> str:
 def fingerprint(model: str, *settings) -> str:
     """A hash of everything that records depend on, besides their questions: the model's files (of a
     hub name the commit), the code that samples and grades, and the settings."""
-    from transformers import AutoConfig
-
-    code = [Path(__file__).with_name(f"{name}.py")
+    code = [Path(__file__).with_name(f"{name}.py").read_bytes()
             for name in ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")]
-    files = []
-    for path in [*sorted(p for p in Path(model).rglob("*") if p.is_file()), *code]:
-        with path.open("rb") as f:
-            files.append((path.name, hashlib.file_digest(f, "sha256").hexdigest()))
-    commit = None if Path(model).is_dir() else AutoConfig.from_pretrained(model)._commit_hash
-    return digest(files, commit, settings)
+    return digest(model_digest(model) or model, code, settings)
 
 
 def read_records(place: Path) -> list[dict]:

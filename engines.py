@@ -71,8 +71,8 @@ class PlainEngine:
                  dtype: torch.dtype = torch.float32, max_batch: int = 1024):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype,
-                                                          attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.max_batch = device, max_batch
         self.waiting: list[Request] = []
@@ -246,7 +246,8 @@ class VllmEngine:
             seed=torch.distributed.get_rank() // tensor_parallel_size,
             **({} if on_gpu else on_cpu)))
         with torch.device("meta"):      # names only: no memory, no numbers
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         self.names = set(model.state_dict())
         self.version = 0
 

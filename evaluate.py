@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 from tqdm import tqdm
 
 import distributed
-from config import FINAL_TABLES, PRESETS, Config
+from config import FINAL_TABLES, PRESETS, Config, check, refuse_empty
 from curves import (
     digest,
     fingerprint,
@@ -149,16 +149,29 @@ def settings(a: Arguments) -> Config:
              "engine": a.engine, "prompt_template": a.prompt_template,
              "max_prompt_tokens": a.max_prompt_tokens}
     given = {name: value for name, value in given.items() if value}
-    if a.questions >= 0:
+    if a.questions != Arguments.questions:
         given["eval_questions"] = a.questions
-    if a.temperature >= 0:
+    if a.temperature != Arguments.temperature:
         given["eval_temperature"] = a.temperature
     return replace(Config(**{**PRESETS[a.preset], **FINAL_TABLES[a.preset], **given}), seed=a.seed,
                    question_field=a.question_field, answer_field=a.answer_field)
 
 
+def output_directory(a: Arguments) -> Path:
+    return Path(a.output_dir or Path(a.models[0]).parent / "evaluation")
+
+
 def prepare(a: Arguments, c: Config) -> dict:
     """{model: (tokenizer, protocol, question sets)}, checked before any weight is loaded."""
+    if not a.models:
+        raise ValueError("no model: name one or more directories or hub names")
+    if "miniature" in a.models:
+        raise ValueError("miniature is no model to evaluate but one that train.py makes: name its "
+                         "directory, runs/.../model")
+    for name in ("samples", "summaries", "questions", "temperature", "seed", "chunk"):
+        if getattr(a, name) < 0 and getattr(a, name) != getattr(Arguments, name):
+            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
+    check(c)
     require_engine(c.engine)
     opened = {}
     for model in a.models:
@@ -176,17 +189,25 @@ def prepare(a: Arguments, c: Config) -> dict:
                                      c.max_prompt_tokens)
         protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
         opened[model] = tokenizer, protocol, sets
+    if distributed.rank() == 0 and not a.ask:
+        try:
+            output_directory(a).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--output-dir {output_directory(a)} cannot be written "
+                             f"({e.strerror}): choose another") from None
     return opened
 
 
 def main(args: list[str] | None = None):
     import tyro
 
-    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args)
+    refuse_empty(args)
+    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args,
+                 console_outputs=distributed.rank() == 0)
     with distributed.exit_on_bad_input():
         c = settings(a)
         opened = prepare(a, c)
-    output = Path(a.output_dir or Path(a.models[0]).parent / "evaluation")
+    output = output_directory(a)
     labels, curves, records = labels_of(a.models), {}, {}
     with Verifier(c.verifier_workers) as verifier:
         for model, (tokenizer, protocol, sets) in opened.items():
@@ -241,4 +262,4 @@ def write_results(a: Arguments, c: Config, output: Path, labels: dict[str, str],
 
 
 if __name__ == "__main__":
-    main()
+    distributed.main(main)
