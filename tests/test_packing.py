@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from packing import Branch, Tree, balance, dense_mask, is_visible, pack, token_logprobs
@@ -187,6 +188,39 @@ def test_flex_attention_gives_the_same_logprobs(model, tiny_model_path):
     ).eval()
     with torch.no_grad():
         assert (token_logprobs(flex, row) - token_logprobs(model, row)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_the_compiler_traces_this_file(path):
+    """Dynamo skips files by name (`tree.py`, `test_*.py` ...): FlexAttention would become dense."""
+    verdict = torch._dynamo.trace_rules.check_file(str(path))
+    assert not verdict.skipped, f"{path.name}: {verdict.reason}: rename it"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles, on a CPU with g++")
+def test_attention_compiles_for_the_first_length_then_for_all(model, tiny_model_path):
+    """One graph for the first row, one with a dynamic length, none after; no graph break.
+
+    More would end at Dynamo's limit of 8, behind which attention holds scores of size T x T without
+    a word. Every row brings a new mask function, as in training.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flex = AutoModelForCausalLM.from_pretrained(
+        tiny_model_path, dtype=torch.float32, attn_implementation="flex_attention"
+    ).eval()
+    graphs, lengths = [], []
+    for number in (1, 3, 6, 2, 8, 11, 14, 16, 19, 4, 1):
+        trees = [random_tree(random.Random(seed), thinking=60) for seed in range(number)]
+        row = pack(trees, multiple=128)
+        with torch.no_grad():
+            logp = token_logprobs(flex, row)
+            assert (logp - token_logprobs(model, row)).abs().max() < 1e-4
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        lengths.append(len(row.input_ids))
+    assert len(set(lengths)) >= 8, lengths
+    assert graphs[:2] == [1, 2] and set(graphs[2:]) == {2}, list(zip(lengths, graphs))
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
