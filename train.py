@@ -65,8 +65,7 @@ def train(c: Config):
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
     verifier = Verifier(c.verifier_workers)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
-    # On a GPU only a few row lengths: FlexAttention needs multiples of 128.
-    multiple = max(128, c.max_tokens_per_row // 4 // 128 * 128) if device.type == "cuda" else 1
+    multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
                disable=rank > 0)
 
@@ -109,10 +108,11 @@ def train(c: Config):
                             for row in plan])
 
         # log-probs under the weights that sampled, from the trainer itself, in the update's own
-        # rows
+        # rows; the first update still has these weights and takes its own
         with clock("old_logp"), torch.no_grad():
-            old_logps = [[model.token_logprobs(row, c.temperature) for row in rows]
-                         for rows in updates]
+            old_logps = [[None] * len(updates[0])]
+            old_logps += [[model.token_logprobs(row, c.temperature) for row in rows]
+                          for rows in updates[1:]]
 
         stats, grad_norms = [], []
         with clock("update"):
@@ -120,6 +120,7 @@ def train(c: Config):
                 for i, (row, old_logp) in enumerate(zip(rows, old)):
                     distributed.accumulate(model, last=i == len(rows) - 1)
                     logp = model.token_logprobs(row, c.temperature)
+                    old_logp = logp.detach() if old_logp is None else old_logp
                     weight = brpo.sampler_weight(old_logp, row.sampler_logp, c.sampler_cap)
                     loss, sums = brpo.policy_loss(logp, old_logp, row.advantages, row.trained,
                                                   c.denominator, c.clip, weight)
