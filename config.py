@@ -80,6 +80,9 @@ class ModelAndData:
     answer_field: str = "answer"        # Column of the ground truth in files.
     prompt_template: str = "{question}"  # The user message.
     max_prompt_tokens: int = 12         # Longer prompts are dropped, with a count.
+    # "math" (the verifier), or module:function(summary, ground_truth, question) -> float in [0, 1].
+    reward: str = "math"
+    reward_timeout: float = 10.0        # Seconds for one call of that function.
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def check(config: Config, world_size: int = 1) -> None:
                  "max_tokens_per_row", "keep_checkpoints", "verifier_workers"):
         if getattr(c, name) < 1:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "temperature", "clip", "max_grad_norm", "kv_cache_gb"):
+    for name in ("lr", "temperature", "clip", "max_grad_norm", "kv_cache_gb", "reward_timeout"):
         if not getattr(c, name) > 0:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be above 0")
     for name in ("steps", "epochs", "save_every", "eval_every", "eval_questions", "seed",

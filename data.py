@@ -41,10 +41,12 @@ class Question:
 
 
 def load_rows(source: str, question_field: str = "problem", answer_field: str = "answer",
-              split: str = "train") -> tuple[list[tuple[str, object]], int]:
+              split: str = "train",
+              need_ground_truth: bool = True) -> tuple[list[tuple[str, object]], int]:
     """(question, ground_truth) rows of a file, a named set or the miniature's `split`, and a count.
 
     The count is of rows dropped for a ground truth of None or blank: no answer could ever score.
+    A reward function of the user's own may do without (need_ground_truth False): all are kept.
     ValueError names the file, the row and the fix.
     """
     if source == "miniature":
@@ -61,17 +63,17 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
         if not isinstance(record, dict):
             raise ValueError(f"{path}, {where}: expected an object with {question_field!r} and "
                              f"{answer_field!r}, got {str(record)[:60]!r}")
-        for name in (question_field, answer_field):
+        for name in (question_field, answer_field)[:1 + need_ground_truth]:
             if name not in record:
                 raise ValueError(f"{path}, {where}: no field {name!r} (it has "
                                  f"{', '.join(record)}): name the right ones with --question-field "
                                  "and --answer-field")
-        question, truth = record[question_field], record[answer_field]
+        question, truth = record[question_field], record.get(answer_field)
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{path}, {where}: {question_field!r} is not a text: "
                              f"{str(question)[:60]!r}")
         truth = truth.tolist() if isinstance(truth, np.ndarray) else truth
-        if is_valid_ground_truth(truth):
+        if not need_ground_truth or is_valid_ground_truth(truth):
             rows.append((question, truth))
         else:
             dropped += 1
@@ -181,9 +183,10 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
 
 def load_questions(source: str, tokenizer, template: str, max_prompt_tokens: int,
                    question_field: str = "problem", answer_field: str = "answer",
-                   split: str = "train", limit: int = 0) -> tuple[list[Question], str]:
+                   split: str = "train", limit: int = 0,
+                   need_ground_truth: bool = True) -> tuple[list[Question], str]:
     """The first `limit` (0: all) questions of a source, and a line that counts the dropped."""
-    rows, invalid = load_rows(source, question_field, answer_field, split)
+    rows, invalid = load_rows(source, question_field, answer_field, split, need_ground_truth)
     questions, overlong = make_questions(rows[:limit or None], tokenizer, template,
                                          max_prompt_tokens)
     return questions, (f"{source}: {len(questions)} questions ({invalid} dropped without a ground "

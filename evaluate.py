@@ -19,6 +19,7 @@ import distributed
 from config import PRESETS, Config
 from data import Question, load_questions, open_tokenizer
 from engines import make_engine, require_engine
+from reward_function import make_verifier, require_reward
 from rollout import Protocol, make_grader, sample_rollouts, scores_of
 from verifier import Verifier
 
@@ -94,6 +95,7 @@ class Arguments:
     prompt_template: str = ""           # The user message, with {question}.
     question_field: str = "problem"     # Column of the question in files.
     answer_field: str = "answer"        # Column of the ground truth in files.
+    reward: str = "math"                # "math", or module:function, as in training.
     # Where eval.json and anytime_curve.png go; default: beside the first model.
     output_dir: str = ""
 
@@ -107,13 +109,15 @@ def settings(a: Arguments) -> Config:
         given["eval_questions"] = a.questions
     if a.temperature >= 0:
         given["eval_temperature"] = a.temperature
-    return replace(Config(**PRESETS[a.preset]), seed=a.seed, question_field=a.question_field,
+    return replace(Config(**PRESETS[a.preset]), seed=a.seed, reward=a.reward,
+                   question_field=a.question_field,
                    answer_field=a.answer_field, **given)
 
 
 def prepare(a: Arguments, c: Config) -> dict:
     """{model: (tokenizer, protocol, question sets)}, checked before any weight is loaded."""
     require_engine(c.engine)
+    require_reward(c.reward)
     opened = {}
     for model in a.models:
         tokenizer, eos = open_tokenizer(model, c.max_prompt_tokens + c.evaluation_budgets[-1]
@@ -122,7 +126,7 @@ def prepare(a: Arguments, c: Config) -> dict:
         for name in c.eval_data:
             sets[name], report = load_questions(
                 name, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field,
-                c.answer_field, "test", c.eval_questions)
+                c.answer_field, "test", c.eval_questions, need_ground_truth=c.reward == "math")
             if distributed.rank() == 0 and model == a.models[0]:
                 print(report)
         opened[model] = tokenizer, Protocol.of(tokenizer, c.max_summary_tokens, eos), sets
@@ -137,7 +141,7 @@ def main(args: list[str] | None = None):
         c = settings(a)
         opened = prepare(a, c)
     curves = {}
-    with Verifier(c.verifier_workers) as verifier:
+    with make_verifier(c) as verifier:
         for model, (tokenizer, protocol, sets) in opened.items():
             # For each model: a vLLM engine ends the group of processes when it closes.
             device = distributed.start()

@@ -49,9 +49,9 @@ from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
 from metrics import Clock, log, report
 from packing import Tree, balance, pack
+from reward_function import make_verifier, require_reward
 from rewards import cumulative_returns, mean_rewards
 from rollout import Protocol, cuts_of, make_grader, sample_rollouts, scores_of, to_tree
-from verifier import Verifier
 
 NOTHING = Tree([0], [], [])     # a row without loss, for a process that has one row fewer
 
@@ -63,7 +63,7 @@ def train(c: Config):
     engine, model, optimizer = load(c, run, device)
     prior, rank, world = c.budget_prior, distributed.rank(), distributed.world_size()
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
-    verifier = Verifier(c.verifier_workers)
+    verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
     multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
@@ -174,11 +174,12 @@ def prepare(c: Config) -> Run:
     check(c, world)
     distributed.check_machine(c.preset)
     require_engine(c.engine)
+    require_reward(c.reward)
 
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
     free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs",
             "verifier_workers", "kv_cache_gb", "tensor_parallel_size", "max_tokens_per_row",
-            "num_eval_budgets"}
+            "num_eval_budgets", "reward_timeout"}
     settings = json.loads(json.dumps(asdict(c)))
     identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
     newest, first_step = checkpoint.find(Path(c.output_dir), c.resume, identity)
@@ -186,10 +187,12 @@ def prepare(c: Config) -> Run:
     tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
     protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos)
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
-    questions, report = load_questions(c.train_data, *how)
+    truth = {"need_ground_truth": c.reward == "math"}
+    questions, report = load_questions(c.train_data, *how, **truth)
     reports, eval_sets = [report], {}
     for name in c.eval_data:
-        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions)
+        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions,
+                                                 **truth)
         reports.append(report)
     if len(questions) < c.questions_per_step:
         raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than "
