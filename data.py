@@ -6,6 +6,7 @@ turned into prompts by the model's own tokenizer. Their order is a function of (
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ NAMED_SETS = {
                       "question", "final_answer"),
 }
 MINIATURE_ROWS = {"train": 2048, "test": 512}
+TRIED = ("qwen2", "qwen3", "llama")     # model families whose trees are tested
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,40 @@ def open_tokenizer(model: str, longest_sequence: int):
     return tokenizer, [eos] if isinstance(eos, int) else eos or []
 
 
-def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
-                   max_prompt_tokens: int) -> tuple[list[Question], int]:
+def check_attention(model: str):
+    """ValueError where a layer does not see the whole context: the tree mask is for all layers."""
+    if model == "miniature":
+        return
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(model)
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window))
+    if kinds - {"full_attention"}:
+        raise ValueError(f"--model {model} has layers of {', '.join(sorted(kinds))}; trees train "
+                         "with full attention alone: use another model, or turn windows off in its "
+                         "config.json (sliding_window null, all layer_types full_attention)")
+    if config.model_type not in TRIED and int(os.environ.get("RANK", 0)) == 0:
+        print(f"WARNING --model {model} is a {config.model_type}; tried here: {', '.join(TRIED)}. "
+              "Check that sampler_gap in the first line of metrics.jsonl is small")
+
+
+def chat_options(pairs: tuple[str, ...]) -> dict:
+    """("enable_thinking=true", "name=text") -> {"enable_thinking": True, "name": "text"}."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--chat-template-args {pair}: write name=value")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def make_questions(rows: list[tuple[str, object]], tokenizer, template: str, max_prompt_tokens: int,
+                   system_prompt: str = "", chat_template_args: tuple[str, ...] = ()
+                   ) -> tuple[list[Question], int]:
     """Apply the prompt template and the model's chat template; drop overlong prompts.
 
     Returns the questions and how many were dropped. An R1-style chat template opens the thinking
@@ -164,12 +198,16 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
     if "{question}" not in template:
         raise ValueError(f"--prompt-template {template!r} has no {{question}} in it: all prompts "
                          "would be the same")
-    questions, dropped = [], 0
+    questions, dropped, options = [], 0, chat_options(chat_template_args)
+    system = [{"role": "system", "content": system_prompt}] * bool(system_prompt)
     for text, truth in rows:
         # Not str.format: questions and templates are full of braces of their own.
-        message = [{"role": "user", "content": template.replace("{question}", text)}]
+        message = [*system, {"role": "user", "content": template.replace("{question}", text)}]
         rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True,
-                                                 tokenize=False)
+                                                 tokenize=False, **options)
+        if rendered.rstrip().endswith("</think>"):
+            raise ValueError("the chat template closes the thinking before it begins: switch it on "
+                             "(Qwen3: --chat-template-args enable_thinking=true)")
         prompt = tuple(tokenizer.encode(rendered, add_special_tokens=False))
         if len(prompt) <= max_prompt_tokens:
             questions.append(Question(len(questions), text, truth, prompt))
@@ -184,11 +222,11 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
 def load_questions(source: str, tokenizer, template: str, max_prompt_tokens: int,
                    question_field: str = "problem", answer_field: str = "answer",
                    split: str = "train", limit: int = 0,
-                   need_ground_truth: bool = True) -> tuple[list[Question], str]:
+                   need_ground_truth: bool = True, **chat) -> tuple[list[Question], str]:
     """The first `limit` (0: all) questions of a source, and a line that counts the dropped."""
     rows, invalid = load_rows(source, question_field, answer_field, split, need_ground_truth)
     questions, overlong = make_questions(rows[:limit or None], tokenizer, template,
-                                         max_prompt_tokens)
+                                         max_prompt_tokens, **chat)
     return questions, (f"{source}: {len(questions)} questions ({invalid} dropped without a ground "
                        f"truth, {overlong} longer than {max_prompt_tokens} prompt tokens)")
 

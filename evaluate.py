@@ -93,9 +93,11 @@ class Arguments:
     seed: int = 0                       # Decides every sampled token.
     engine: Literal["", "plain", "vllm"] = ""   # Sampling by transformers or by vLLM.
     prompt_template: str = ""           # The user message, with {question}.
+    system_prompt: str = ""             # The system message.
+    chat_template_args: tuple[str, ...] = ()    # Of the chat template, as name=value.
     question_field: str = "problem"     # Column of the question in files.
     answer_field: str = "answer"        # Column of the ground truth in files.
-    reward: str = "math"                # "math", or module:function, as in training.
+    reward: str = ""                    # "math", or module:function, as in training.
     # Where eval.json and anytime_curve.png go; default: beside the first model.
     output_dir: str = ""
 
@@ -103,14 +105,15 @@ class Arguments:
 def settings(a: Arguments) -> Config:
     """The preset with what the arguments override."""
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
-             "engine": a.engine, "prompt_template": a.prompt_template}
+             "engine": a.engine, "prompt_template": a.prompt_template,
+             "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,
+             "reward": a.reward}
     given = {name: value for name, value in given.items() if value}
     if a.questions >= 0:
         given["eval_questions"] = a.questions
     if a.temperature >= 0:
         given["eval_temperature"] = a.temperature
-    return replace(Config(**PRESETS[a.preset]), seed=a.seed, reward=a.reward,
-                   question_field=a.question_field,
+    return replace(Config(**PRESETS[a.preset]), seed=a.seed, question_field=a.question_field,
                    answer_field=a.answer_field, **given)
 
 
@@ -126,7 +129,7 @@ def prepare(a: Arguments, c: Config) -> dict:
         for name in c.eval_data:
             sets[name], report = load_questions(
                 name, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field,
-                c.answer_field, "test", c.eval_questions, need_ground_truth=c.reward == "math")
+                c.answer_field, "test", c.eval_questions, **c.question_options)
             if distributed.rank() == 0 and model == a.models[0]:
                 print(report)
         opened[model] = tokenizer, Protocol.of(tokenizer, c.max_summary_tokens, eos), sets

@@ -33,10 +33,12 @@ Departures from the paper, and from the authors' code where the two differ:
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
 import brpo
@@ -44,10 +46,10 @@ import checkpoint
 import distributed
 import miniature
 from config import Config, batch_arithmetic, check, parse
-from data import load_questions, open_tokenizer, questions_of_step
+from data import check_attention, load_questions, open_tokenizer, questions_of_step
 from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
-from metrics import Clock, log, report
+from metrics import Clock, Logger, log, report, require_logger, say
 from packing import Tree, balance, pack
 from reward_function import make_verifier, require_reward
 from rewards import cumulative_returns, mean_rewards
@@ -67,7 +69,7 @@ def train(c: Config):
     grade = make_grader(verifier, run.tokenizer, run.protocol)
     multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
-               disable=rank > 0)
+               disable=rank > 0 or None)        # None: no bar where stderr is no terminal
 
     for step in range(run.first_step, run.steps + 1):
         # the anytime curve so far, at step 0 and the end too; and a checkpoint
@@ -138,6 +140,7 @@ def train(c: Config):
         log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, clock)
 
     bar.close()
+    run.logger.close()
     checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
     engine.close()
@@ -163,6 +166,7 @@ class Run:
     first_step: int
     identity: dict              # every setting that changes the numbers; checkpoints must agree
     history: list = field(default_factory=list)     # evaluations so far
+    logger: Logger | None = None
 
 
 def prepare(c: Config) -> Run:
@@ -175,24 +179,25 @@ def prepare(c: Config) -> Run:
     distributed.check_machine(c.preset)
     require_engine(c.engine)
     require_reward(c.reward)
+    require_logger(c.logger)
 
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
     free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs",
             "verifier_workers", "kv_cache_gb", "tensor_parallel_size", "max_tokens_per_row",
-            "num_eval_budgets", "reward_timeout"}
+            "num_eval_budgets", "reward_timeout", "logger"}
     settings = json.loads(json.dumps(asdict(c)))
     identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
     newest, first_step = checkpoint.find(Path(c.output_dir), c.resume, identity)
 
     tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
+    check_attention(c.model)
     protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos)
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
-    truth = {"need_ground_truth": c.reward == "math"}
-    questions, report = load_questions(c.train_data, *how, **truth)
+    questions, report = load_questions(c.train_data, *how, **c.question_options)
     reports, eval_sets = [report], {}
     for name in c.eval_data:
         eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions,
-                                                 **truth)
+                                                 **c.question_options)
         reports.append(report)
     if len(questions) < c.questions_per_step:
         raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than "
@@ -217,6 +222,9 @@ def load(c: Config, run: Run, device):
     distributed.barrier()
     evaluations = (run.dir / "evals.jsonl").read_text().splitlines()
     run.history = [json.loads(line) for line in evaluations]
+    run.logger = Logger(c.logger, run.dir, asdict(c))
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()       # a log file is no place for bars
 
     path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
     if device.type == "cpu":
@@ -272,8 +280,10 @@ def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
         (run.dir / "eval.json").write_text(json.dumps(result, indent=1))
         draw_curves({f"step {e['step']}": e for e in (run.history[0], run.history[-1])},
                     run.dir / "anytime_curve.png")
-        tqdm.write(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
-                   f"final {curve['final_accuracy']:.3f}")
+        logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
+        run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
+        say(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
+            f"final {curve['final_accuracy']:.3f}")
 
 
 if __name__ == "__main__":
