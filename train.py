@@ -228,9 +228,7 @@ def load(c: Config, run: Run, device):
 
     path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
     if device.type == "cpu":
-        # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine.
-        # Before the engine: once vLLM runs on a CPU, this call does nothing.
-        torch.set_num_threads(1)
+        distributed.limit_threads(path)     # before the engine: once vLLM runs it does nothing
     engine = make_engine(c.engine, path, device, c.longest_sequence, c.tensor_parallel_size,
                          c.kv_cache_gb)
     torch.manual_seed(c.seed)       # after the engine, whose start reseeds; nothing below draws
