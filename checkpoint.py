@@ -109,7 +109,8 @@ def begin_files(output_dir: Path, config: dict, first_step: int, resumed: bool):
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.json").write_text(json.dumps(config, indent=1))
     first_evaluation = first_step + 1 if resumed else 0     # the checkpoint's own step has one
-    for name, first in (("metrics.jsonl", first_step), ("evals.jsonl", first_evaluation)):
+    for name, first in (("metrics.jsonl", first_step), ("samples.jsonl", first_step),
+                        ("evals.jsonl", first_evaluation)):
         path = output_dir / name
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first]

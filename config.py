@@ -38,12 +38,15 @@ class Method:
     num_summaries: int = 4              # A, summaries per budget.
     # Train the summaries of all cuts (decoupled, uniform prior), or of the last budget (GRPO).
     train_summaries: Literal["all", "last"] = "all"
-    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none.
-    baseline: Literal["brpo", "progress", "group", "none"] = "brpo"
+    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none; and not in the
+    # paper: loo (V2 without the rollout itself), fitted (the mixture's weights by regression).
+    baseline: Literal["brpo", "progress", "group", "none", "loo", "fitted"] = "brpo"
     decay: float = 0.5                  # λ of V1: how fast a rollout's older rewards are forgotten.
     temperature: float = 1.0            # Sampling temperature; log-probs are taken at the same one.
-    max_summary_tokens: int = 10        # Of one summary, appended text included.
-    # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) max_summary_tokens.
+    max_summary_tokens: int = 7         # Generated tokens of one summary, whatever was appended.
+    max_appended_tokens: int = 3        # Room for the text appended before a summary.
+    # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) times the sum of the
+    # two above.
     max_response_length: int = 0
     # A summary token weighs as much as a thinking token (sum: the authors), or 1/(M·A) (mean).
     summary_loss: Literal["sum", "mean"] = "mean"
@@ -161,7 +164,12 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence in training or evaluation, the prompt included."""
         longest_thinking = max(self.budget_prior.budgets[-1], self.evaluation_budgets[-1])
-        return self.max_prompt_tokens + longest_thinking + self.max_summary_tokens
+        return self.max_prompt_tokens + longest_thinking + self.summary_room
+
+    @property
+    def summary_room(self) -> int:
+        """Tokens of one summary at most, the appended text included."""
+        return self.max_appended_tokens + self.max_summary_tokens
 
     @property
     def response_length(self) -> int:
@@ -169,7 +177,7 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         summaries."""
         budgets = self.budget_prior.budgets
         sequences = len(budgets) * self.num_summaries + 1
-        return self.max_response_length or budgets[-1] + sequences * self.max_summary_tokens
+        return self.max_response_length or budgets[-1] + sequences * self.summary_room
 
     @property
     def denominator(self) -> int:
@@ -186,21 +194,31 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
 
 
 PAPER_8K = {
-    "max_budget": 8000, "max_summary_tokens": 128, "summary_loss": "sum", "num_rollouts": 8,
+    # The authors set 10 tokens aside for the appended text (R1-Distill's has 5 or 8), of 128.
+    "max_budget": 8000, "max_summary_tokens": 118, "max_appended_tokens": 10,
+    "summary_loss": "sum", "num_rollouts": 8,
     "questions_per_step": 64, "updates_per_step": 2, "steps": 0, "epochs": 1,
     "lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.01,
     "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "train_data": "deepscaler",
-    "eval_data": ("aime2024", "amc2022", "math500", "minerva", "olympiadbench"),
+    # While training, the two small sets: 113 questions × 32 samples are 3616 traces, each of up to
+    # 8000 tokens and 32 summaries: at most 43M tokens, what 8 training steps sample.
+    "eval_data": ("paper/aime", "paper/amc"), "eval_samples": 32, "eval_every": 20,
     "prompt_template": "{question} Let's think step by step and output the final answer within "
                        "\\boxed{}.",
     "max_prompt_tokens": 1024, "engine": "vllm", "max_tokens_per_row": 32768, "kv_cache_gb": 24.0,
-    "verifier_workers": 4, "save_every": 40, "eval_every": 40, "num_eval_budgets": 32,
-    "eval_samples": 4, "eval_temperature": 0.6, "eval_questions": 0,
+    "verifier_workers": 4, "save_every": 40, "num_eval_budgets": 32,
+    "eval_temperature": 0.6, "eval_questions": 0,
 }
 # The longer run of the authors' repository: twice the budget, rollouts and questions.
 PAPER_16K = PAPER_8K | {"max_budget": 16000, "num_rollouts": 16, "questions_per_step": 128,
-                        "epochs": 3, "eval_samples": 2}
+                        "epochs": 3}
 PRESETS = {"miniature": {}, "paper-8k": PAPER_8K, "paper-16k": PAPER_16K}
+
+# What evaluate.py changes in a paper preset, for final tables: 1560 questions × 80 samples are
+# 124,800 traces; with 32 summaries each, at most 1.5G tokens at 8000 tokens of thinking, 2.5G at
+# 16,000. On AIME's 30 questions 80 samples leave the questions themselves as the main uncertainty.
+FINAL_TABLES = {"miniature": {}, **dict.fromkeys(
+    ("paper-8k", "paper-16k"), {"eval_data": ("paper",), "eval_samples": 80})}
 
 # The paper's comparison. GRPO is the same code with one budget, one summary and the group's mean.
 COLUMNS = ("num_budgets", "prior", "num_summaries", "train_summaries", "baseline")
@@ -248,8 +266,9 @@ def check(config: Config, world_size: int = 1) -> None:
     """Everything that flags alone can get wrong; ValueError names the flag and the fix."""
     c = config
     for name in ("num_rollouts", "num_summaries", "questions_per_step", "updates_per_step",
-                 "max_prompt_tokens", "num_eval_budgets", "eval_samples", "tensor_parallel_size",
-                 "max_tokens_per_row", "keep_checkpoints", "verifier_workers"):
+                 "max_prompt_tokens", "max_summary_tokens", "num_eval_budgets", "eval_samples",
+                 "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints",
+                 "verifier_workers"):
         if getattr(c, name) < 1:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least 1")
     for name in ("lr", "temperature", "clip", "max_grad_norm", "kv_cache_gb", "reward_timeout"):
@@ -261,7 +280,7 @@ def check(config: Config, world_size: int = 1) -> None:
             raise ValueError(f"{flag(name)} {getattr(c, name)}: cannot be negative")
     if not 0 < c.decay <= 1:
         raise ValueError(f"--decay {c.decay}: λ lies in (0, 1]")
-    if c.num_rollouts < 2 and c.baseline in ("brpo", "group"):
+    if c.num_rollouts < 2 and c.baseline in ("brpo", "group", "loo", "fitted"):
         raise ValueError(f"--baseline {c.baseline} compares rollouts of one question: "
                          f"--num-rollouts must be at least 2, not {c.num_rollouts}")
     if c.num_rollouts < 2 and c.num_summaries == 1:

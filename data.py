@@ -5,8 +5,10 @@ file, from a named set on the Hugging Face hub, or made by the miniature; checke
 turned into prompts by the model's own tokenizer. Their order is a function of (seed, step) alone.
 """
 
+import hashlib
 import json
 import os
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,29 @@ NAMED_SETS = {
     "olympiadbench": ("Hothan/OlympiadBench",
                       "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
                       "question", "final_answer"),
+}
+# The five files that the paper's numbers are on, from its authors' repository at one commit, with
+# their SHA-256; "paper" stands for all five. Minerva lists several accepted answers for 75 of its
+# 272 questions there, and OlympiadBench has 675 rows.
+#
+# An answer is right if it verifies against any one of the listed ground truths, each tried alone.
+# For 6 Minerva questions the two listed answers do not verify against each other: four differ in
+# value (0.01 and 0.02; 6630.65 and 6630; 3.53 and 3.52 × 10^2; a solution with and without its
+# homogeneous part), two in form alone (t/m and (1/m)t; c/√2 and (1/√2)c). All stay: the makers of
+# the set accept either, and so does the authors' code.
+PAPER_SETS_URL = ("https://raw.githubusercontent.com/sail-sg/AnytimeReasoner/"
+                  "80cf3299c59bbe8670f485e446efbe80220467f2/anytime_reasoner/data/test/")
+PAPER_SETS = {      # 30, 83, 500, 272 and 675 questions
+    "paper/aime":
+        "03fd341fee10fb71cf906be4eb3042081f314c4d16077489e41f9375085d20d2",
+    "paper/amc":
+        "2666a217cb566efb77ebfce61841d5d8855d4b4be89633b29df3a43dcfd942dd",
+    "paper/math":
+        "02e232722dd1f9ab307124bfff40621d32193632b6b84aa9a246e701f0478141",
+    "paper/minerva":
+        "ba6147602d8b2f9071ecf578e29aa1100c634bdfa982d4c6745c2bd3077554ba",
+    "paper/olympiad_bench":
+        "c1e099f7b5830fb843fa52d48d0af8a296a94745cb5981b4ce539dd18af6f8ee",
 }
 MINIATURE_ROWS = {"train": 2048, "test": 512}
 TRIED = ("qwen2", "qwen3", "llama")     # model families whose trees are tested
@@ -53,13 +78,15 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
     """
     if source == "miniature":
         return miniature.make_rows(split, MINIATURE_ROWS[split]), 0
-    if source in NAMED_SETS:
+    if source in PAPER_SETS:
+        path, question_field, answer_field = fetch_paper_set(source), "problem", "answer"
+    elif source in NAMED_SETS:
         path, question_field, answer_field = _download(source)
     else:
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"{source} is neither a file nor one of the named sets "
-                             f"({', '.join(NAMED_SETS)})")
+                             f"({', '.join([*NAMED_SETS, 'paper', *PAPER_SETS])})")
     rows, dropped = [], 0
     for where, record in _records(path):
         if not isinstance(record, dict):
@@ -128,6 +155,37 @@ def _download(name: str) -> tuple[Path, str, str]:
                          "check the network, or download it and pass the file's path") from e
 
 
+def set_names(names: tuple[str, ...]) -> list[str]:
+    """The sets that were asked for, the collection "paper" as its five."""
+    return [one for name in names for one in (PAPER_SETS if name == "paper" else [name])]
+
+
+def fetch_paper_set(name: str) -> Path:
+    """One of the authors' files, from the cache or their repository, checked by its hash.
+
+    Cached in $XDG_CACHE_HOME/anytime-reasoner (~/.cache without it): a file put there by hand will
+    do on a machine without network.
+    """
+    file, expected = name.removeprefix("paper/") + ".json", PAPER_SETS[name]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anytime-reasoner"
+    path = cache / file
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(PAPER_SETS_URL + file, timeout=60) as answer:
+                content = answer.read()
+        except OSError as e:        # no network, a server's error, a timeout
+            raise ValueError(f"cannot fetch {PAPER_SETS_URL}{file} ({e}): check the network, or "
+                             f"put the file at {path}") from e
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")   # processes may fetch side by side
+        partial.write_bytes(content)
+        partial.replace(path)
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
+        raise ValueError(f"{path} is not the file of the paper's numbers (SHA-256 {found[:12]}, "
+                         f"not {expected[:12]}): delete it to fetch it again")
+    return path
+
+
 def open_tokenizer(model: str, longest_sequence: int):
     """(tokenizer, end-of-text ids of the generation config), before any weight is loaded.
 
@@ -150,7 +208,7 @@ def open_tokenizer(model: str, longest_sequence: int):
         except OSError:     # a model need not ship one
             eos = None
     if longest_sequence > context:
-        raise ValueError(f"max_prompt_tokens + largest budget + max_summary_tokens = "
+        raise ValueError(f"max_prompt_tokens + largest budget + summary, appended text included, = "
                          f"{longest_sequence} tokens, but {model} has a context of {context}: "
                          "lower the budgets or max_prompt_tokens")
     return tokenizer, [eos] if isinstance(eos, int) else eos or []

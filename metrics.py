@@ -18,9 +18,11 @@ from tqdm import tqdm
 import brpo
 import distributed
 from config import Config
+from rollout import readable
 from verifier import LOUD_FAILURE_SHARE, failure_share
 
 EXPECTED_RISE = 0.25            # of anytime accuracy, in the default run
+SAMPLES_PER_STEP = 2            # rollouts a step that samples.jsonl keeps as text
 
 
 class Clock:
@@ -57,6 +59,7 @@ def log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_nor
     with (run.dir / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(m) + "\n")
     run.logger.log(step, m)
+    write_samples(c, run, step, rollouts)
     bar.update()
     say(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
         f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
@@ -76,8 +79,8 @@ def say(line: str):
 def require_logger(kind: str):
     """ValueError where the logger's package is missing."""
     if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise ValueError(f"--logger {kind}, but {kind} is not installed: pip install {kind}, or leave "
-                         "it out (metrics.jsonl is always written)")
+        raise ValueError(f"--logger {kind}, but {kind} is not installed: pip install {kind}, or "
+                         "leave it out (metrics.jsonl is always written)")
 
 
 class Logger:
@@ -124,6 +127,15 @@ def flat(values: dict) -> dict[str, float]:
     return out
 
 
+def write_samples(c, run, step: int, rollouts):
+    """A few rollouts as text, the first of evenly spaced questions, into samples.jsonl."""
+    few = rollouts[::max(1, c.questions_per_step // SAMPLES_PER_STEP) * c.num_rollouts]
+    with (run.dir / "samples.jsonl").open("a") as f:
+        for r in few[:SAMPLES_PER_STEP]:
+            sample = readable(r, c.budget_prior.budgets, run.tokenizer)
+            f.write(json.dumps({"step": step, **sample}) + "\n")
+
+
 def rollout_metrics(c, rollouts, rewards, returns) -> dict:
     """What was sampled and what it earned. rewards and returns [B, G, M]."""
     lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])  # [B, G]
@@ -168,8 +180,13 @@ def without_nan(value):
 
 
 def report(c, output_dir: Path, history: list[dict]):
-    """The anytime curve before and after training, on the terminal."""
+    """One question and the anytime curve before and after training, on the terminal."""
     before, after = history[0], history[-1]
+    question = after["example"]
+    print(f"\n{question['question']}   (ground truth {question['ground_truth']})")
+    for name, e in (("before", before), ("after", after)):
+        print(f"{name} training, the thinking up to each budget and the answer given there:")
+        print(*example_lines(e["example"]), sep="\n")
     print("\nbudget  " + "".join(f"{b:>8}" for b in after["budgets"]) + "   anytime")
     for name, e in (("before", before), ("after", after)):
         print(f"{name:8}" + "".join(f"{a:8.3f}" for a in e["accuracy"])
@@ -180,4 +197,17 @@ def report(c, output_dir: Path, history: list[dict]):
         print(f"anytime accuracy rose by {rise:.3f}; expected: at least {EXPECTED_RISE} "
               "(seeds 0-4: 0.414 to 0.467)"
               + ("" if rise >= EXPECTED_RISE else "   << LESS THAN EXPECTED"))
-    print(f"wrote {output_dir}/: model/, metrics.jsonl, eval.json, anytime_curve.png")
+    print(f"wrote {output_dir}/: model/, metrics.jsonl, samples.jsonl, eval.json, "
+          "anytime_curve.png")
+
+
+def example_lines(example: dict, width: int = 60) -> list[str]:
+    """A rollout (rollout.readable) as a line per budget; of a long text, its end."""
+    def flat(text: str, width: int) -> str:
+        text = " ".join(text.split())
+        return text if len(text) <= width else "…" + text[1 - width:]
+
+    longest = min(width, max(len(flat(cut["thinking"], width)) for cut in example["cuts"]))
+    return [f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
+            f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"
+            for cut in example["cuts"]]

@@ -11,8 +11,9 @@
 
 The default run warm-starts a tiny model on arithmetic with wasteful thinking traces, then raises
 its accuracy at every budget. A run leaves in <output_dir>: config.json, metrics.jsonl (a line a
-step), eval.json, anytime_curve.png (before and after), model/ (Hugging Face layout), checkpoints/
-and rollouts/ (since the newest of them). config.py holds every constant.
+step), samples.jsonl (a few rollouts a step, as text), eval.json, anytime_curve.png (before and
+after), model/ (Hugging Face layout), checkpoints/ and rollouts/ (since the newest of them).
+config.py holds every constant.
 
 Departures from the paper, and from the authors' code where the two differ:
  1. The sampler correction min(exp(old - sampler), C) is on, C = 2; --sampler-cap 0 is the paper.
@@ -21,15 +22,22 @@ Departures from the paper, and from the authors' code where the two differ:
  4. Summaries that are not trained (GRPO's variants) are sampled and graded, but not in the update.
  5. A trace that ends in end-of-text scores 0 and is asked for no summary; the authors' code asks.
  6. Grading is by math-verify behind our own rules (verifier.py), not by string form and sympy.
- 7. A summary token weighs as much as a thinking token in the authors' code and in the paper
- presets;
-    in the miniature, whose traces are short, 1/(M·A) of it (--summary-loss mean).
+ 7. A summary token weighs as much as a thinking token in the authors' code and the paper presets,
+    but 1/(M·A) of it in the miniature, whose traces are short (--summary-loss mean).
  8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at
     the paper's 0.6.
  9. A blank line directly behind the answer header is forgiven: the authors' code grades the empty
     paragraph before it, and scores 0. Both grade the first paragraph only.
-10. The denominator's maximum response length is b_M + (M·A + 1) max_summary_tokens, from the run's
-    own M and A, so GRPO's is smaller; AdamW's steps do not depend on the loss's scale.
+10. The denominator's maximum response length is b_M + (M·A + 1) (max_summary_tokens +
+    max_appended_tokens), from the run's own M and A, so GRPO's is smaller. AdamW's step does not
+    depend on the loss's scale; what clipping the gradient does, depends on it.
+11. Rows whose ground truth is blank are dropped: no answer to them could ever score.
+12. The format rule is read from text: the authors' code counts one token id, and would let pass a
+    second </think> that the policy spells in several smaller tokens.
+13. The first update has the full learning rate: in the authors' run the schedule gives the whole
+    first step rate 0, so it moves nothing.
+14. The updates of a step are split strictly by question: the authors' mix a few percent of the
+    second half's questions into the first.
 """
 
 import json
@@ -46,7 +54,7 @@ import checkpoint
 import distributed
 import miniature
 from config import Config, batch_arithmetic, check, parse
-from data import check_attention, load_questions, open_tokenizer, questions_of_step
+from data import check_attention, load_questions, open_tokenizer, questions_of_step, set_names
 from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
 from metrics import Clock, Logger, log, report, require_logger, say
@@ -93,8 +101,9 @@ def train(c: Config):
         scores = scores_of(rollouts, G, M, A)                                       # [B, G, M, A]
         rewards = mean_rewards(scores)                                              # [B, G, M]
         returns = cumulative_returns(rewards, prior.probs)                          # [B, G, M]
+        lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(-1, G)  # [B, G]
         thinking_advantages = brpo.thinking_advantages(
-            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay)      # [B, G, M]
+            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay, lengths)  # [B, G, M]
         summary_advantages = c.summary_weight * brpo.summary_advantages(
             scores, cuts_of(rollouts, G, prior.budgets))                            # [B, G, M, A]
 
@@ -191,11 +200,11 @@ def prepare(c: Config) -> Run:
 
     tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
     check_attention(c.model)
-    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos)
+    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
     questions, report = load_questions(c.train_data, *how, **c.question_options)
     reports, eval_sets = [report], {}
-    for name in c.eval_data:
+    for name in set_names(c.eval_data):
         eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions,
                                                  **c.question_options)
         reports.append(report)

@@ -5,9 +5,11 @@ import transformers
 from conftest import SHARED
 from transformers import AutoTokenizer
 
+import data
 import miniature
 from data import (
     NAMED_SETS,
+    PAPER_SETS,
     chat_options,
     check_attention,
     load_questions,
@@ -15,6 +17,7 @@ from data import (
     make_questions,
     open_tokenizer,
     questions_of_step,
+    set_names,
 )
 
 ROWS = [
@@ -155,6 +158,70 @@ def test_the_papers_sets_load_with_their_counts():
     for name, count in counts.items():
         rows, dropped = load_rows(str(SHARED / "data" / f"{name}.json"))
         assert (len(rows), dropped) == (count, 4 if name == "train/math" else 0)
+
+
+PAPER_COUNTS = dict(zip(PAPER_SETS, (30, 83, 500, 272, 675)))
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
+)
+def test_the_paper_collection_is_fetched_once_and_checked(tmp_path, monkeypatch):
+    """The download rehearsed: a local server has the authors' five files."""
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *_):
+            asked.append(self.path)
+
+    handler = partial(Handler, directory=str(SHARED / "data" / "test"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(data, "PAPER_SETS_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert set_names(("paper", "miniature")) == [*PAPER_SETS, "miniature"]
+        for name in set_names(("paper",)):
+            for _ in range(2):  # the second time from the cache
+                rows, dropped = load_rows(name)
+                assert (len(rows), dropped) == (PAPER_COUNTS[name], 0)
+        server.shutdown()
+    assert len(asked) == 5
+    minerva = [truth for _, truth in load_rows("paper/minerva")[0]]
+    assert sum(isinstance(t, list) and len(t) > 1 for t in minerva) == 75
+    (tmp_path / "anytime-reasoner" / "aime.json").write_text("[]")
+    with pytest.raises(ValueError, match="aime.json is not the file .*: delete it"):
+        load_rows("paper/aime")
+
+
+def test_the_paper_collection_without_network_names_the_file_to_bring(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"cannot fetch https.*aime.json.*no route.*{tmp_path}"):
+        load_rows("paper/aime")
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
+)
+def test_every_listed_answer_of_minerva_counts_alone():
+    """Each alternative verifies against the list; for 6 questions not against its sibling."""
+    from verifier import Verifier
+
+    rows, _ = load_rows(str(SHARED / "data" / "test" / "minerva.json"))
+    listed = [truths for _, truths in rows if len(truths) > 1]
+    with Verifier(2) as verifier:
+        alone = verifier.score([(f"\\boxed{{{t}}}", truths) for truths in listed for t in truths])
+        pairs = [(a, b) for truths in listed for a in truths for b in truths if a != b]
+        siblings = verifier.score([(f"\\boxed{{{a}}}", b) for a, b in pairs])
+    assert set(alone) == {1.0}
+    assert len({frozenset(p) for p, s in zip(pairs, siblings) if s == 0}) <= 6
 
 
 def test_open_tokenizer_refuses_a_short_context_and_a_missing_model(tiny_model_path):

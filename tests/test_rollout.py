@@ -123,7 +123,7 @@ def test_summary_prompts_lengths_and_seeds():
     assert [s.prompt for s in summaries] == [(1, 2, 5, 6, 80, 90, 81)] * 2 + [
         (1, 2, 5, 6, 7, 90, 81)
     ] * 4
-    assert [s.max_tokens for s in summaries] == [3, 3, 5, 5, 5, 5]  # 6 minus the appended text
+    assert [s.max_tokens for s in summaries] == [6] * 6  # whatever was appended
     assert len({request.seed for _, request in engine.requests}) == 7
 
 
@@ -273,7 +273,7 @@ def test_batches_are_bounded_by_tokens(engine, monkeypatch):
 def test_sampler_logprobs_are_the_trainers(engine, tokenizer, tiny_model_path):
     from packing import pack, token_logprobs
 
-    protocol = Protocol.of(tokenizer, 10)
+    protocol = Protocol.of(tokenizer, 7)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="sdpa")
     question = Question(0, "2 +2 ?", "4", tuple(tokenizer.encode("2 +2 ?<think>")))
     for temperature in (1.0, 0.6):
@@ -307,15 +307,15 @@ def test_sync_weights_changes_what_is_sampled_and_refuses_a_partial_set(tiny_mod
 
 
 def test_protocol_reads_the_tokenizer(tokenizer):
-    protocol = Protocol.of(tokenizer, 10, eos=[2, 1])
+    protocol = Protocol.of(tokenizer, 7, eos=[2, 1])
     assert tokenizer.decode([protocol.think_end]) == "</think>"
     assert (
         tokenizer.decode(protocol.cut_text + protocol.answer_header)
         == "...\n\n...\n\n</think>\n\n**Final Answer**\n"
     )
     assert protocol.eos == (1, 2)
-    with pytest.raises(ValueError, match="leaves no room"):
-        Protocol.of(tokenizer, 3)
+    with pytest.raises(ValueError, match="needs 3 tokens.*raise max_appended_tokens 2"):
+        Protocol.of(tokenizer, 3, max_appended_tokens=2)
 
 
 def test_a_tokenizer_without_one_token_think_end_is_refused():
@@ -333,7 +333,7 @@ def test_a_tokenizer_without_one_token_think_end_is_refused():
 
 
 def test_grader_wants_exactly_one_think_end(tokenizer):
-    protocol = Protocol.of(tokenizer, 10)
+    protocol = Protocol.of(tokenizer, 7)
     asked = []
     verifier = SimpleNamespace(
         submit=lambda summary, ground_truth: asked.append((summary, ground_truth)) or "future"
