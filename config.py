@@ -84,7 +84,13 @@ class ModelAndData:
     question_field: str = "problem"     # Column of the question in files.
     answer_field: str = "answer"        # Column of the ground truth in files.
     prompt_template: str = "{question}"  # The user message.
+    system_prompt: str = ""             # The system message; "": none of ours.
+    # Arguments of the model's chat template, as name=value (Qwen3: enable_thinking=true).
+    chat_template_args: tuple[str, ...] = ()
     max_prompt_tokens: int = 12         # Longer prompts are dropped, with a count.
+    # "math" (the verifier), or module:function(summary, ground_truth, question) -> float in [0, 1].
+    reward: str = "math"
+    reward_timeout: float = 10.0        # Seconds for one call of that function.
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,9 @@ class Run:
 
     seed: int = 0  # Decides the warm start, the order of questions and every sampled token.
     output_dir: str = ""                # Default: runs/<preset>-<experiment>-seed<seed>.
+    # Curves and the evaluation's figure beside metrics.jsonl, which is always written.
+    # (Not --log: torchrun takes that for one of its own.)
+    logger: Literal["none", "wandb", "tensorboard"] = "none"
     # auto: from the newest checkpoint in output_dir (or start, without one); or a checkpoint.
     resume: str = ""
     save_every: int = 20                # Steps between checkpoints; 0: none, except on SIGTERM.
@@ -146,6 +155,12 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         even = tuple(largest * j // n for j in range(1, n + 1))
         chosen = self.eval_budgets or even
         return BudgetPrior(chosen, prior_probs("uniform", chosen)).budgets
+
+    @property
+    def question_options(self) -> dict:
+        """How rows become questions: the keywords of data.load_questions."""
+        return {"need_ground_truth": self.reward == "math", "system_prompt": self.system_prompt,
+                "chat_template_args": self.chat_template_args}
 
     @property
     def longest_sequence(self) -> int:
@@ -280,7 +295,7 @@ RANGES = {
     "seed": (0, 2**63 - 1), "probs": (0, 1), "decay": (TINY, 1), "lr": (TINY, 1),
     "betas": (0, 1 - 1e-9), "weight_decay": (0, 1), "clip": (TINY, 1e3), "sampler_cap": (0, 1e6),
     "max_grad_norm": (TINY, 1e9), "temperature": (TINY, 100), "eval_temperature": (0, 100),
-    "kv_cache_gb": (TINY, 1e5),
+    "kv_cache_gb": (TINY, 1e5), "reward_timeout": (TINY, 1e5),
 }
 
 

@@ -19,8 +19,8 @@ import torch
 
 import brpo
 from budgets import prior_probs
-from data import model_digest
 from metrics import without_nan
+from models import model_digest
 from rewards import cumulative_returns, mean_rewards
 from rollout import Rollout, readable
 
@@ -33,7 +33,8 @@ SHARE = 0.9
 def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     """What is kept of a trace. The very first one is kept as text, too."""
     draws = len(r.summaries) // len(budgets)
-    scores = [int(s.score) for s in r.summaries]
+    # Verdicts as whole numbers, which read and store better; a reward function may score between.
+    scores = [s.score if s.score % 1 else int(s.score) for s in r.summaries]
     is_first = r.question.index == r.sample == 0
     first = {"example": readable(r, budgets, tokenizer)} if is_first else {}
     return {"question": r.question.index, "sample": r.sample, "finish": r.finish,
@@ -46,12 +47,14 @@ def digest(*values) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def fingerprint(model: str, *settings) -> str:
-    """A hash of everything that records depend on, besides their questions: the model's files (of a
-    hub name the commit), the code that samples and grades, and the settings."""
-    code = [Path(__file__).with_name(f"{name}.py").read_bytes()
-            for name in ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")]
-    return digest(model_digest(model) or model, code, settings)
+def fingerprint(model: str, reward: str, *settings) -> str:
+    """A hash of all that records depend on, besides their questions: the model's files (a hub
+    name's commit), the code that samples and grades, a reward function's file, the settings."""
+    ours = ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")
+    code = [Path(__file__).with_name(f"{name}.py") for name in ours]
+    code.append(Path(reward.split(":")[0].replace(".", "/") + ".py"))
+    code = [path.read_bytes() for path in code if path.is_file()]
+    return digest(model_digest(model) or model, code, reward, settings)
 
 
 def read_records(place: Path) -> list[dict]:

@@ -31,6 +31,7 @@ from packing import token_logprobs
 
 STOPPED = 143               # exit code after SIGTERM, as shells report it
 COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
+FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 
 
 def main(run: Callable):
@@ -237,6 +238,18 @@ def all_finite(grad_norm: float, stats: list[dict]) -> bool:
     return not any_process(not all(math.isfinite(float(x)) for x in numbers))
 
 
+def limit_threads(model_path: str):
+    """One CPU thread for a tiny model: on tiny tensors a second costs more than it brings, and much
+    more on a busy machine. Else as many as torch takes: all cores, or OMP_NUM_THREADS (which
+    torchrun sets to 1 for several processes, unless it is set)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):      # counts without memory
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+    if model.num_parameters() < FEW_PARAMETERS:
+        torch.set_num_threads(1)
+
+
 def load_policy(model_path: str, device: torch.device):
     """The trainable model: float32 weights, bfloat16 compute on GPUs, sharded with FSDP2.
 
@@ -264,6 +277,8 @@ def load_policy(model_path: str, device: torch.device):
         for layer in model.get_decoder().layers:
             fully_shard(layer, mp_policy=precision)
         fully_shard(model, mp_policy=precision)
+        # A process whose rows hold no trained token does not use an untied head; the others do.
+        model.set_reduce_scatter_unused_params(True)
         register_fsdp_forward_method(model, "token_logprobs")
     return model
 

@@ -36,9 +36,11 @@ from curves import (
     variance_figure,
     write_records,
 )
-from data import Question, load_questions, make_questions, open_tokenizer, set_names
+from data import Question, load_questions, make_questions, set_names
 from engines import make_engine, require_engine
+from models import open_tokenizer
 from plots import draw_curves, labels_of, table
+from reward_function import make_verifier, require_reward
 from rollout import Protocol, make_grader, sample_rollouts
 from verifier import Verifier
 from watch import ask
@@ -131,9 +133,12 @@ class Arguments:
     seed: int = 0                       # Decides every sampled token, and the bootstrap.
     engine: Literal["", "plain", "vllm"] = ""   # Sampling by transformers or by vLLM.
     prompt_template: str = ""           # The user message, with {question}.
+    system_prompt: str = ""             # The system message.
+    chat_template_args: tuple[str, ...] = ()    # Of the chat template, as name=value.
     max_prompt_tokens: int = 0          # Longer prompts are dropped, with a count.
     question_field: str = "problem"     # Column of the question in files.
     answer_field: str = "answer"        # Column of the ground truth in files.
+    reward: str = ""                    # "math", or module:function, as in training.
     chunk: int = 0                      # Questions between two writes of the records; 0: automatic.
     # Where the results go; default: evaluation/ beside the first model.
     output_dir: str = ""
@@ -147,7 +152,8 @@ def settings(a: Arguments) -> Config:
         raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
              "engine": a.engine, "prompt_template": a.prompt_template,
-             "max_prompt_tokens": a.max_prompt_tokens}
+             "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,
+             "reward": a.reward, "max_prompt_tokens": a.max_prompt_tokens}
     given = {name: value for name, value in given.items() if value}
     if a.questions != Arguments.questions:
         given["eval_questions"] = a.questions
@@ -173,6 +179,7 @@ def prepare(a: Arguments, c: Config) -> dict:
             raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
     check(c)
     require_engine(c.engine)
+    require_reward(c.reward)
     opened = {}
     for model in a.models:
         tokenizer, eos = open_tokenizer(model, c.max_prompt_tokens + c.evaluation_budgets[-1]
@@ -181,12 +188,12 @@ def prepare(a: Arguments, c: Config) -> dict:
         for name in [] if a.ask else set_names(c.eval_data):
             sets[name], report = load_questions(
                 name, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field,
-                c.answer_field, "test", c.eval_questions)
+                c.answer_field, "test", c.eval_questions, **c.question_options)
             if distributed.rank() == 0 and model == a.models[0]:
                 print(report)
         if a.ask:
             sets, _ = make_questions([(a.ask, "")], tokenizer, c.prompt_template,
-                                     c.max_prompt_tokens)
+                                     c.max_prompt_tokens, c.system_prompt, c.chat_template_args)
         protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
         opened[model] = tokenizer, protocol, sets
     if distributed.rank() == 0 and not a.ask:
@@ -209,7 +216,7 @@ def main(args: list[str] | None = None):
         opened = prepare(a, c)
     output = output_directory(a)
     labels, curves, records = labels_of(a.models), {}, {}
-    with Verifier(c.verifier_workers) as verifier:
+    with make_verifier(c) as verifier:
         for model, (tokenizer, protocol, sets) in opened.items():
             # For each model: a vLLM engine ends the group of processes when it closes.
             device = distributed.start()
@@ -221,8 +228,9 @@ def main(args: list[str] | None = None):
                         c.eval_temperature, (c.seed, EVALUATION, 0), labels[model])
                 engine.close()
                 continue
-            place = fingerprint(model, device.type, c.engine, c.evaluation_budgets, c.eval_samples,
-                                a.summaries, c.eval_temperature, c.seed, asdict(protocol))
+            place = fingerprint(model, c.reward, device.type, c.engine, c.evaluation_budgets,
+                                c.eval_samples, a.summaries, c.eval_temperature, c.seed,
+                                asdict(protocol))
             folder = output / "records" / f"{labels[model].replace('/', '-')}-{place}"
             records[model] = sample_records(
                 engine, sets, c.evaluation_budgets, c.eval_samples, protocol, tokenizer, verifier,

@@ -168,7 +168,7 @@ def _write_base(path: Path, seed: int):
     torch.manual_seed(seed)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=w["lr"], betas=w["betas"], weight_decay=0.0)
-    bar = trange(w["steps"], desc="warm start", mininterval=1.0)
+    bar = trange(w["steps"], desc="warm start", mininterval=1.0, disable=None)      # None: not in a log file
     for step in bar:
         # Linear warm-up, then linear decay to `final_lr` of the peak.
         share = min(1.0, (step + 1) / w["warmup"]) * (1 - (1 - w["final_lr"]) * step / w["steps"])

@@ -41,10 +41,12 @@ Departures from the paper, and from the authors' code where the two differ:
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
 import brpo
@@ -53,21 +55,15 @@ import distributed
 import miniature
 import rundir
 from config import Config, batch_arithmetic, check, parse
-from data import (
-    digest_of,
-    load_questions,
-    model_digest,
-    open_tokenizer,
-    questions_of_step,
-    set_names,
-)
+from data import digest_of, load_questions, questions_of_step, set_names
 from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
-from metrics import Clock, first_comparable, log, report
+from metrics import Clock, Logger, first_comparable, log, report, require_logger, say
+from models import check_attention, model_digest, open_tokenizer
 from packing import Tree, balance, pack
+from reward_function import make_verifier, require_reward
 from rewards import cumulative_returns, mean_rewards
 from rollout import Protocol, cuts_of, make_grader, sample_rollouts, scores_of, to_tree
-from verifier import Verifier
 
 NOTHING = Tree([0], [], [])     # a row without loss, for a process that has one row fewer
 
@@ -79,12 +75,11 @@ def train(c: Config):
     device, prior = run.device, c.budget_prior
     rank, world = distributed.rank(), distributed.world_size()
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
-    verifier = Verifier(c.verifier_workers)
+    verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
-    # On a GPU only a few row lengths: FlexAttention needs multiples of 128.
-    multiple = max(128, c.max_tokens_per_row // 4 // 128 * 128) if device.type == "cuda" else 1
+    multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
-               disable=rank > 0)
+               disable=rank > 0 or None)        # None: no bar where stderr is no terminal
     distributed.note_sigterm()
 
     for step in range(run.first_step, run.steps + 1):
@@ -126,10 +121,12 @@ def train(c: Config):
             updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
                             for row in plan])
 
-        # log-probs under the weights that sampled, by the trainer itself, in the update's rows
+        # log-probs under the weights that sampled, by the trainer itself, in the update's rows; the
+        # first update still has these weights and takes its own
         with clock("old_logp"), torch.no_grad():
-            old_logps = [[model.token_logprobs(row, c.temperature) for row in rows]
-                         for rows in updates]
+            old_logps = [[None] * len(updates[0])]
+            old_logps += [[model.token_logprobs(row, c.temperature) for row in rows]
+                          for rows in updates[1:]]
 
         stats, grad_norms, applied = [], [], []
         with clock("update"):
@@ -137,6 +134,7 @@ def train(c: Config):
                 for i, (row, old_logp) in enumerate(zip(rows, old)):
                     distributed.accumulate(model, last=i == len(rows) - 1)
                     logp = model.token_logprobs(row, c.temperature)
+                    old_logp = logp.detach() if old_logp is None else old_logp
                     weight = brpo.sampler_weight(old_logp, row.sampler_logp, c.sampler_cap)
                     loss, sums = brpo.policy_loss(logp, old_logp, row.advantages, row.trained,
                                                   c.denominator, c.clip, weight)
@@ -157,6 +155,7 @@ def train(c: Config):
             clock)
 
     bar.close()
+    run.logger.close()
     if not stopping:
         checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
@@ -190,6 +189,7 @@ class Run:
     identity: dict              # all that changes the numbers; checkpoints must agree
     evaluation: dict            # all that changes an evaluation; only like ones are compared
     history: list = field(default_factory=list)     # evaluations so far
+    logger: Logger | None = None
     skipped: int = 0            # updates skipped in a row
 
     def leave(self):
@@ -207,23 +207,27 @@ def prepare(c: Config) -> Run:
     check(c, world)
     distributed.check_machine(c.preset)
     require_engine(c.engine)
+    require_reward(c.reward)
+    require_logger(c.logger)
     device, directory = distributed.start(), Path(c.output_dir)
     lock = rundir.enter(directory, c.resume)
 
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
     free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs",
             "verifier_workers", "kv_cache_gb", "tensor_parallel_size", "max_tokens_per_row",
-            "num_eval_budgets"}
+            "num_eval_budgets", "reward_timeout", "logger"}
     settings = json.loads(json.dumps(asdict(c)))
     identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
 
     tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
+    check_attention(c.model)
     protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
-    questions, report = load_questions(c.train_data, *how)
+    questions, report = load_questions(c.train_data, *how, **c.question_options)
     reports, eval_sets = [report], {}
     for name in set_names(c.eval_data):
-        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions)
+        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions,
+                                                 **c.question_options)
         reports.append(report)
     if len(questions) < c.questions_per_step:
         raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than "
@@ -252,12 +256,13 @@ def load(c: Config, run: Run):
         if c.model == "miniature":
             miniature.load_or_write_base(Path("runs"), c.seed)
     run.history = distributed.broadcast(run.history)
+    run.logger = Logger(c.logger, run.dir, asdict(c))
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()       # a log file is no place for bars
 
     path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
     if device.type == "cpu":
-        # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine.
-        # Before the engine: once vLLM runs on a CPU, this call does nothing.
-        torch.set_num_threads(1)
+        distributed.limit_threads(path)     # before the engine: once vLLM runs it does nothing
     engine = make_engine(c.engine, path, device, c.longest_sequence, c.tensor_parallel_size,
                          c.kv_cache_gb)
     torch.manual_seed(c.seed)       # after the engine, whose start reseeds; nothing below draws
@@ -318,8 +323,10 @@ def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
         rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
         draw_curves({f"step {e['step']}": e for e in (before, run.history[-1])},
                     run.dir / "anytime_curve.png")
-        tqdm.write(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
-                   f"final {curve['final_accuracy']:.3f}")
+        logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
+        run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
+        say(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
+            f"final {curve['final_accuracy']:.3f}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import distributed
 import evaluate
 import metrics
 import miniature
+import models
 import rundir
 import train
 from config import check, parse
@@ -585,7 +586,7 @@ def test_code_of_a_model_directory_is_not_run(tiny_model_path, tmp_path):
     (model / "config.json").write_text(json.dumps(settings))
     (model / "mine.py").write_text(f"import os; os.mkdir({str(tmp_path / 'planted')!r})")
     with pytest.raises(ValueError, match="--model"):
-        data.open_tokenizer(str(model), 40)
+        models.open_tokenizer(str(model), 40)
     assert not (tmp_path / "planted").exists()
     for path in ROOT.glob("*.py"):
         calls = path.read_text().split("from_pretrained(")[1:]
@@ -735,7 +736,7 @@ def test_an_unreachable_hub_is_one_line_in_seconds(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     start = time.time()
     with pytest.raises(ValueError, match="^--model org/name: no model directory or hub name"):
-        data.open_tokenizer("org/name", 40)
+        models.open_tokenizer("org/name", 40)
     with pytest.raises(ValueError, match="cannot fetch"):
-        data.load_rows("math500")
+        data.load_rows("deepscaler")
     assert time.time() - start < 10 and constants.HF_HUB_OFFLINE

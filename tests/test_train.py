@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, alone, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import checkpoint
 import train
@@ -130,6 +130,32 @@ def test_two_processes_give_the_same_numbers(unbroken, trained_model_path, tmp_p
         json.loads((d / "evals.jsonl").read_text().splitlines()[0]) for d in (out, tmp_path / "two")
     ]
     assert evaluations[0] == evaluations[1]
+
+
+def test_a_process_without_a_trace_and_an_untied_head(trained_model_path, tmp_path):
+    """One trace an update on two processes: one of them runs its backward without the head."""
+    model = AutoModelForCausalLM.from_pretrained(trained_model_path)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(trained_model_path).save_pretrained(tmp_path / "untied")
+    few = {"--questions-per-step": "2", "--num-rollouts": "1"}
+    args = [few.get(before, a) for before, a in zip(["", *SMALL], SMALL)]
+    args += ["--model", tmp_path / "untied", "--baseline", "progress", "--steps", "2"]
+    for processes in (0, 2):
+        out = tmp_path / f"run{processes}"
+        run_script("train.py", *args, "--output-dir", out, processes=processes)
+    assert_equal_metrics(metrics_of(tmp_path / "run0"), metrics_of(tmp_path / "run2"), 1e-5)
+
+
+@pytest.mark.parametrize("hidden, asked", [(64, [1]), (1024, [])])
+def test_only_a_tiny_model_is_held_to_one_cpu_thread(tmp_path, monkeypatch, hidden, asked):
+    """By its parameters, counted from the config alone; else torch's choice stands."""
+    Qwen2Config(hidden_size=hidden, num_hidden_layers=2, vocab_size=99).save_pretrained(tmp_path)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    train.distributed.limit_threads(str(tmp_path))
+    assert threads == asked
 
 
 def kill_in_step(args, out, step: int, processes: int):
