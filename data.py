@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import miniature
-from rewards import is_valid_gold
+from verifier import is_valid_ground_truth
 
 # name -> (hub dataset repository, file, question field, answer field)
 NAMED_SETS = {
@@ -61,7 +61,7 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{path}, {where}: {question_field!r} is not a text: {str(question)[:60]!r}")
         gold = gold.tolist() if isinstance(gold, np.ndarray) else gold
-        if is_valid_gold(gold):
+        if is_valid_ground_truth(gold):
             rows.append((question, gold))
         else:
             dropped += 1

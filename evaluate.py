@@ -19,9 +19,9 @@ import distributed
 from budgets import BudgetPrior, prior_probs
 from config import PRESETS, Config
 from data import Question, load_questions
-from rewards import Verifier
 from rollout import (Protocol, make_engine, make_grader, open_model, require_engine, sample_rollouts,
                      scores_of)
+from verifier import Verifier
 
 EVALUATION = 2**31      # stands where a training step's number would in random keys: every evaluation draws the same
 

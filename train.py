@@ -19,7 +19,7 @@ Departures from the paper, and from the authors' code where the two differ:
  3. Questions left over at the end of an epoch are skipped, so that every update has the same size.
  4. Summaries that are not trained (GRPO's variants) are sampled and graded, but left out of the update.
  5. A thinking that ends in end-of-text is asked for no summary and scores 0; the authors' code asks behind it.
- 6. Grading is by math-verify behind our own rules (rewards.py), not by string form and sympy.
+ 6. Grading is by math-verify behind our own rules (verifier.py), not by string form and sympy.
  7. The authors' code weighs a summary token as much as a thinking token, and so do the paper presets; the miniature,
     whose thinkings are short, weighs it 1/(M·A) (`--summary-loss mean`).
  8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at the paper's 0.6.
@@ -42,10 +42,11 @@ import miniature
 from config import Config, as_json, batch_arithmetic, check, denominator, parse
 from data import load_questions, questions_of_step
 from evaluate import anytime_curve, draw_curves
-from rewards import LOUD_FAILURE_SHARE, Verifier, cumulative_returns, failure_share, mean_rewards
+from rewards import cumulative_returns, mean_rewards
 from rollout import (Protocol, cuts_of, load_rollouts, make_engine, make_grader, open_model, require_engine,
                      sample_rollouts, save_rollouts, scores_of, to_tree)
 from tree import Tree, balance, pack
+from verifier import LOUD_FAILURE_SHARE, Verifier, failure_share
 
 EXPECTED_RISE = 0.25            # of anytime accuracy, in the default run
 NOTHING = Tree([0], [], [])     # a row without loss, for a process whose share of an update is one row shorter

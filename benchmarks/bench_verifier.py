@@ -19,14 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-from rewards import Verifier, is_valid_gold, plain_number, _golds  # noqa: E402
+from verifier import Verifier, is_valid_ground_truth, plain_number, _golds  # noqa: E402
 
 
 def ordinary_pairs(generator, count):
     """(summary, ground_truth, expected). Half of the golds are no plain numbers, twice their share in the data."""
     rows = [row for path in sorted((SHARED / "data").glob("*/*.json")) for row in json.loads(path.read_text())]
     golds = [row["answer"] if "answer" in row else row["final_answer"] for row in rows]
-    golds = [gold for gold in golds if is_valid_gold(gold)]
+    golds = [gold for gold in golds if is_valid_ground_truth(gold)]
     hard = [gold for gold in golds if not plain_number(_golds(gold)[0])]
     pairs = []
     for number in range(count):

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 import evaluate
 from data import Question
 from evaluate import anytime_curve, draw_curves
-from rewards import Verifier
+from verifier import Verifier
 from rollout import Output, Protocol
 
 

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import miniature
 from miniature import BOX, CUT, HEADER, THINK_END, answer, make_question, make_rows, question_text, sloppy_trace, supervised_example
-from rewards import is_correct
+from verifier import is_correct
 
 
 def test_the_task_by_hand():

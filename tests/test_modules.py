@@ -20,7 +20,7 @@ def imports_of_ours(path) -> set[str]:
     return {n.split(".")[0] for n in names} & set(MODULES)
 
 
-@pytest.mark.parametrize("module", ["budgets", "rewards", "brpo", "tree"])
+@pytest.mark.parametrize("module", ["budgets", "rewards", "verifier", "brpo", "tree"])
 def test_a_core_module_works_alone_in_an_empty_folder(module, tmp_path):
     assert imports_of_ours(ROOT / f"{module}.py") == set()
     shutil.copy(ROOT / f"{module}.py", tmp_path)
@@ -69,6 +69,6 @@ def test_every_metric_is_in_the_readmes_glossary():
 
 def test_no_line_of_a_module_is_unreadably_long():
     for path in ROOT.glob("*.py"):
-        limit = 150 if path.stem == "rewards" else 125      # its rules are regular expressions, which do not fold
+        limit = 150 if path.stem == "verifier" else 125     # its rules are regular expressions, which do not fold
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= limit, f"{path.name}:{number} has {len(line)} characters"

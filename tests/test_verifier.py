@@ -1,4 +1,4 @@
-"""The supervision in rewards.py: nothing hangs, a failure costs one grading and is counted, no process outlives its parent."""
+"""The supervision in verifier.py: nothing hangs, a failure costs one grading and is counted, no process outlives its parent."""
 
 import json
 import os
@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-import rewards  # noqa: E402
-from rewards import Verifier, failure_share, is_correct  # noqa: E402
+import verifier as rules  # noqa: E402
+from verifier import Verifier, failure_share, is_correct  # noqa: E402
 
 STUCK = (r"\boxed{\int \frac{x^{50}+\sin^{20}(x)\cos^{31}(x)}{(x^7+x+1)^{9}} dx}", r"\int_0^1 x dx")      # minutes
 GOOD, BAD = (r"\boxed{1+x}", "x+1"), (r"\boxed{2+x}", "x+1")
@@ -64,7 +64,7 @@ def gone(pids, seconds=8.0):
 
 def role(pid):
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return "grader" if b"rewards.py" in command else "fork server or worker" if b"forkserver" in command else "other"
+    return "grader" if b"verifier.py" in command else "fork server or worker" if b"forkserver" in command else "other"
 
 
 def workers(verifier):
@@ -151,16 +151,16 @@ def test_a_killed_grader_process_is_restarted_and_loses_nothing(verifier):
 def test_a_grader_that_cannot_start_fails_loudly_and_without_hanging(monkeypatch, verifier):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     assert verifier.score([GOOD, BAD, (r"\boxed{4}", 4)]) == [0, 0, 1]
-    assert verifier.stats["deaths"] == 2 and failure_share(verifier.stats) > rewards.LOUD_FAILURE_SHARE
+    assert verifier.stats["deaths"] == 2 and failure_share(verifier.stats) > rules.LOUD_FAILURE_SHARE
 
 
 def test_counters(monkeypatch, verifier):
     assert verifier.score([(r"\boxed{4}", None), (r"\boxed{4}", ["", " "])]) == [0, 0]
     assert verifier.score([(r"\boxed{4x}", r"\frac{}{x}{{")]) == [0]
-    monkeypatch.setattr(rewards, "_equal", lambda *_: 1 / 0)
+    monkeypatch.setattr(rules, "_equal", lambda *_: 1 / 0)
     assert verifier.score([(r"\boxed{7}", "8")]) == [0]
-    assert {name: verifier.stats[name] for name in rewards.FAILURES} == {
-        "timeouts": 0, "deaths": 0, "exceptions": 1, "unparsable_golds": 1, "invalid_golds": 2}
+    assert {name: verifier.stats[name] for name in rules.FAILURES} == {
+        "timeouts": 0, "deaths": 0, "exceptions": 1, "unparsable_ground_truths": 1, "invalid_ground_truths": 2}
     assert verifier.stats["graded"] == 4 and failure_share(verifier.stats) == 1.0
 
 
@@ -169,8 +169,8 @@ def test_take_stats_returns_one_batch(verifier):
     first = verifier.take_stats()
     verifier.score([(r"\boxed{4}", 4)] * 3)
     second = verifier.take_stats()
-    assert (first["graded"], first["invalid_golds"], failure_share(first)) == (2, 1, 0.5)
-    assert (second["graded"], second["invalid_golds"], failure_share(second)) == (3, 0, 0.0)
+    assert (first["graded"], first["invalid_ground_truths"], failure_share(first)) == (2, 1, 0.5)
+    assert (second["graded"], second["invalid_ground_truths"], failure_share(second)) == (3, 0, 0.0)
     assert failure_share(verifier.take_stats()) == 0.0 and verifier.stats["graded"] == 5
 
 
@@ -179,10 +179,10 @@ def test_a_worker_has_a_memory_limit(tmp_path):
     script.write_text(textwrap.dedent(f"""
         import mmap, os, sys
         sys.path.insert(0, {str(ROOT)!r})
-        import rewards
+        import verifier as rules
         out = os.dup(1)
         mmap.mmap(-1, 3 << 30).close()      # this machine would give it
-        rewards._init_worker()
+        rules._init_worker()
         try:
             bytearray(3 << 30)
         except MemoryError:
@@ -326,7 +326,7 @@ def test_a_forked_child_has_its_own_grader(verifier):
         signal.alarm(20)
         right = verifier.score([fresh(6), BAD]) == [1.0, 0.0] and is_correct(*fresh(7))
         verifier.close()
-        rewards._shared.close()
+        rules._shared.close()
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert verifier.score([fresh(8)]) == [1.0] and is_correct(*fresh(8))
@@ -334,12 +334,12 @@ def test_a_forked_child_has_its_own_grader(verifier):
 
 def test_the_one_file_works_alone(tmp_path):
     """Copied into an empty folder, without torch being imported."""
-    shutil.copy(ROOT / "rewards.py", tmp_path)
+    shutil.copy(ROOT / "verifier.py", tmp_path)
     (tmp_path / "use.py").write_text(textwrap.dedent(r"""
         import sys
-        import rewards
-        assert rewards.is_correct(r"\boxed{1+x}", "x+1") and not rewards.is_correct(r"\boxed{2+x}", "x+1")
-        with rewards.Verifier() as verifier:
+        import verifier as rules
+        assert rules.is_correct(r"\boxed{1+x}", "x+1") and not rules.is_correct(r"\boxed{2+x}", "x+1")
+        with rules.Verifier() as verifier:
             print(verifier.score([(r"\boxed{\frac{1}{2}}", 0.5), (r"\boxed{(x+1)^2}", "x^2+2x+1"), ("4", 4)]), "torch" in sys.modules)
     """))
     result = run("use.py", cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
