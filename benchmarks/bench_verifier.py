@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-from verifier import Verifier, is_valid_ground_truth, plain_number, _golds  # noqa: E402
+from verifier import Verifier, is_valid_ground_truth, plain_number, _alternatives  # noqa: E402
 
 
 def ordinary_pairs(generator, count):
@@ -27,18 +27,18 @@ def ordinary_pairs(generator, count):
     rows = [row for path in sorted((SHARED / "data").glob("*/*.json")) for row in json.loads(path.read_text())]
     golds = [row["answer"] if "answer" in row else row["final_answer"] for row in rows]
     golds = [gold for gold in golds if is_valid_ground_truth(gold)]
-    hard = [gold for gold in golds if not plain_number(_golds(gold)[0])]
+    hard = [gold for gold in golds if not plain_number(_alternatives(gold)[0])]
     pairs = []
     for number in range(count):
         pool = hard if number % 2 else golds
         gold, other = generator.choice(pool), generator.choice(pool)
-        text = _golds(gold)[0]
+        text = _alternatives(gold)[0]
         if number % 4 < 2:
             pairs.append((text, gold, 1))
         elif number % 8 < 4 and not any(mark in text for mark in ("=", ",", "<", ">", r"\le", r"\ge", r"\in", r"\text", r"\begin", "_")):
             pairs.append((f"x = {text}" if plain_number(text) or len(text) == 1 else f"({text}) + 0", gold, 1))
         else:
-            pairs.append((_golds(other)[0], gold, int(_golds(other)[0] == text)))
+            pairs.append((_alternatives(other)[0], gold, int(_alternatives(other)[0] == text)))
     return [(f"**Final Answer**\n\\boxed{{{answer}}}", gold, expected) for answer, gold, expected in pairs]
 
 

@@ -77,17 +77,14 @@ def test_the_rules_themselves_are_fast_on_any_text(text):
     """Regular expressions can hang too; the parent runs them without a timeout."""
     start = time.perf_counter()
     for gold in ("204", r"\frac{1}{2}", "x", "(1,2)"):
-        try:
-            rules._equal(rules.normalise(gold), rules.normalise(text), rules._in_parent)
-        except rules._Undecided:
-            pass
+        rules._equal(rules.normalise(gold), rules.normalise(text))
     assert time.perf_counter() - start < 5, "far less on a free core; machines are shared"
 
 
 @pytest.mark.parametrize("text", [
-    "(" * 40 + "x" + ")" * 40, "x+" * 250 + "x", "2^{10^{9}}", "2^{100000}", "10^{10^{10^{10}}}", "x^{x^{x^{x^{x}}}}", "(x+y)^{1000}", "100000!x", "x!!", "x" + "-" * 90 + "1"])
+    "(1+" * 40 + "x" + ")" * 40, "x+" * 250 + "x", "2^{10^{9}}", "2^{100000}", "10^{10^{10^{10}}}", "x^{x^{x^{x^{x}}}}", "(x+y)^{1000}", "100000!x", "x!!", "x" + "-" * 90 + "1"])
 def test_hostile_shapes_are_refused_without_a_worker(text):
-    assert not rules._equal("x^2+1", rules.normalise(text), rules._in_parent)
+    assert rules._equal("x^2+1", rules.normalise(text)) is False
 
 
 # ---------------------------------------------------------------------------------- the table of the docstring, row by row
@@ -124,7 +121,6 @@ CONVENTIONS = {
     16: [("C", "c", 1), (r"\text{(C)}", "C", 1), ("C", r"\mathrm{C}", 1), ("C", "D", 0), ("x", "y", 0)],
     17: [("ab", "ba", 0), ("even", "neve", 0), (r"\text{Even}", "even", 1), ("pq", r"p \cdot q", 1)],
     18: [("11:21", "22:42", 1), ("3:2", "2:3", 0)],
-    19: [],
 }
 CASES = [(row, *case) for row, cases in CONVENTIONS.items() for case in cases]
 
@@ -142,11 +138,10 @@ def test_convention_19_only_the_last_box_counts():
     assert is_correct(r"\boxed{204}, and 203 is wrong", "204")
 
 
-def test_the_table_and_its_cases_have_the_same_rows():
-    rows = [int(number) for number in re.findall(r"^\| +(\d+) \|", rules.__doc__, re.MULTILINE)]
-    assert rows == sorted(CONVENTIONS) and len(rows) > 10
-    for row, cases in CONVENTIONS.items():      # a row whose cases are all 1 or all 0 tests a constant
-        assert row == 19 or {verdict for _, _, verdict in cases} == {0, 1}, row
+def test_every_convention_has_cases_of_both_verdicts():
+    """A row whose cases are all 1 or all 0 tests a constant."""
+    for row, cases in CONVENTIONS.items():
+        assert {verdict for _, _, verdict in cases} == {0, 1}, row
 
 
 @pytest.mark.parametrize("ground_truth, answer, verdict", [
@@ -261,7 +256,7 @@ def test_mutations_of_dataset_golds_score_0(verifier):
     random.Random(1).shuffle(golds)
     pairs = []
     for gold in golds[: len(golds) if FULL else 250]:
-        text = rules._golds(gold)[0]
+        text = rules._alternatives(gold)[0]
         number = rules.plain_number(text)
         if number:
             value = number[0]
@@ -276,14 +271,14 @@ def test_mutations_of_dataset_golds_score_0(verifier):
 
 
 def test_lazy_and_foreign_answers_score_0(verifier):
-    golds = [gold for gold in distinct(dataset_golds()) if not rules.plain_number(rules._golds(gold)[0])]
+    golds = [gold for gold in distinct(dataset_golds()) if not rules.plain_number(rules._alternatives(gold)[0])]
     generator = random.Random(2)
     lazy = ["", "()", "{}", r"\frac{0}{0}", r"\frac{1}{0}", "1/0", "NaN", "None", "True", "0=0", "x=x", "1=1", r"\pm", r"\ldots", "?", "answer",
             r"\text{the answer}", "[]", r"\sqrt{}", "0.0", "-", r"\mathbb{Q}", "(-1,1)", "^", "_", "&", r"\\", "%", "#", r"\boxed{}"]
     pairs = [(boxed(generator.choice(lazy)), gold) for gold in generator.sample(golds, 250)]
     pairs += [(boxed(str(a[0] if isinstance(a, list) else a)), b) for a, b in (generator.sample(golds, 2) for _ in range(150))]
     passed = [pair for pair, score in zip(pairs, verifier.score(pairs)) if score == 1]
-    assert not [pair for pair in passed if rules.normalise(extract_answer(pair[0])) not in rules._golds(pair[1])], passed
+    assert not [pair for pair in passed if rules.normalise(extract_answer(pair[0])) not in rules._alternatives(pair[1])], passed
 
 
 # -------------------------------------------------------------------------------------------------- properties
@@ -306,10 +301,10 @@ def test_arbitrary_text_never_raises_and_never_scores(text, boxing, ground_truth
 @given(text=st.one_of(st.text(max_size=80), latex_soup))
 def test_arbitrary_golds_never_raise(text):
     before = is_valid_ground_truth(text)
-    assert before == bool(rules._golds(text))
+    assert before == bool(rules._alternatives(text))
     if before:
-        normal = rules._golds(text)[0]
-        assert rules._equal(normal, normal, rules._in_parent)
+        normal = rules._alternatives(text)[0]
+        assert rules._equal(normal, normal)
 
 
 answers = st.sampled_from(["42", "-3", r"\frac{1}{2}", "(1, 2)", "(2, 1)", r"2\sqrt{3}", "x^2 + 2x + 1", r"1 \pm \sqrt{2}", r"\{1, 2\}", "[0, 1)",
@@ -339,4 +334,4 @@ def test_layout_never_changes_the_verdict(ground_truth, answer, layout):
 def test_plain_numbers_compare_as_fractions(a, b):
     spell = lambda value: rf"{'-' * (value < 0)}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"  # noqa: E731
     assert rules.plain_number(spell(a))[0] == a == rules.plain_number(f"{a.numerator}/{a.denominator}")[0]
-    assert rules._equal(spell(a), spell(b), rules._in_parent) == (a == b)
+    assert rules._equal(spell(a), spell(b)) == (a == b)
