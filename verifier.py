@@ -1,8 +1,8 @@
 r"""Is this answer the ground truth? (SPEC section 3: the verdict inside r(x, y))
 
-A policy learns what its grader wrongly rewards, and writes strings that never let a grader finish.
-So short rules decide what can be decided exactly and refuse what only looks like an answer, and
-math-verify judges the rest, in processes that can be killed. The first rule that decides, decides:
+A policy finds what its grader wrongly rewards, and strings that never let a grader finish. So rules
+decide or refuse what they can, and math-verify judges the rest in processes that can be killed. In
+this order; the first rule that decides, decides (tests/test_verifier_rules.py has the cases):
 
 1. A ground truth that is None or blank marks an invalid row: never rewarded, and counted.
 2. The answer is the last balanced \boxed{}; none, blank or oversized is wrong.
@@ -16,9 +16,6 @@ math-verify judges the rest, in processes that can be killed. The first rule tha
 8. Refused: shapes that take minutes, restated questions (n!, \sum or \log for a number), other
    words or bases, variables that the ground truth lacks, half an equation.
 9. math-verify compares what is left, and its yes must also hold to a relative 1e-6.
-
-tests/test_verifier_rules.py holds the cases of each convention. The lower half of this file runs
-rule 9: `Verifier` and `is_correct` never raise on text and never hang.
 """
 
 import atexit
@@ -34,7 +31,6 @@ import threading
 import time
 from concurrent.futures import Future
 from fractions import Fraction
-from typing import NamedTuple
 
 MAX_NUMBER_CHARS = 4000     # Python refuses to read integers over 4300 digits
 MAX_ANSWER_CHARS = 400      # no dataset answer is longer, and parsing grows faster than the length
@@ -53,7 +49,7 @@ _BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Content of the last balanced \boxed{...}, or None. Linear in time: a text can be all braces."""
+    r"""Content of the last balanced \boxed{...}, or None. Linear: a text can be all braces."""
     # \{ and \} are no braces to TeX. If no box closes that way, as in \boxed{204\}, they count.
     for also_braces in ((), (r"\{", r"\}")):
         opened, answer = [], None
@@ -61,7 +57,7 @@ def extract_answer(text: str) -> str | None:
             token = match[0][-1] if match[0] in also_braces else match[0]
             if token == "}" and opened:
                 start = opened.pop()
-                if start is not None:       # an enclosing box closes later, so it wins over this one
+                if start is not None:       # an enclosing box closes later, so it wins
                     answer = text[start:match.end() - 1]
             elif token == "{" or "box" in token:
                 opened.append(match.end() if "box" in token else None)
@@ -71,10 +67,9 @@ def extract_answer(text: str) -> str | None:
 
 
 _UNICODE = str.maketrans({
-    **dict(zip("−–—－，（）％．０１２３４５６７８９", "----,()%.0123456789")), "×": r"\times ",
-    **dict.fromkeys("\u200b\u200c\u200d\ufeff", ""), "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ",
-    "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ",
-    "±": r"\pm ", "≈": r"\approx ", "²": "^2", "³": "^3"})
+    **dict(zip("−–—，（）％０１２３４５６７８９", "---,()%0123456789")), **dict.fromkeys("\u200b\ufeff", ""),
+    "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3"})
 # In this order, each with an example. END closes a command's name, so that \le leaves \left alone.
 _REWRITES = [(re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new) for pattern, new in [
     (r"\\(?:boxed|fbox)(?=\s*\{)|\\!\s*", ""),                              # \boxed{5}, 12,\!000
@@ -101,7 +96,7 @@ def normalise(text: str) -> str:
     """One spelling for what means the same. Still LaTeX, because math-verify reads it."""
     text = text.translate(_UNICODE)
     if "\\begin" not in text:                               # in a matrix, \\ is a row break
-        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # elsewhere \\sqrt is \sqrt, escaped twice
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # elsewhere \\sqrt is \sqrt
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     text = text.lstrip().rstrip(" .,;:\\")
@@ -138,35 +133,30 @@ def _split(text: str, separators: str) -> list[str]:
 
 # ------------------------------------------------------------------------- rule 4: plain numbers
 
-_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+(?! ?/))(?!\d)")  # 1,234
+_THOUSANDS = re.compile(                                            # 1,234 or 1 234; not 1 234/5
+    r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+(?! ?/))(?!\d)")
 _POWER_OF_TEN = re.compile(                                         # 1.6 \times 10^{-19} or 10^4
     r"(?:(?<=[\d.])\s*(?:\\times|\\cdot|\*|x)\s*|^)10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?$")
 _FRAC = re.compile(r"\s*\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}")
 _RATIO = re.compile(r"(?:(\d+) )?(-?\d+) ?/ ?(-?\d+)")              # 7/2 or 3 1/2
-_DECIMAL = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")  # no machine should write 1e99999
+_DECIMAL = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")  # no one writes out 1e99999
 
 
-class Number(NamedTuple):
-    value: Fraction
-    decimal: bool       # written as a decimal, which may be rounded
-    percent: bool
-
-
-def plain_number(text: str) -> Number | None:
-    """An integer, decimal, scientific number, fraction or mixed number; None for all else."""
+def plain_number(text: str) -> tuple[Fraction, bool, bool] | None:
+    """(value, a decimal?, percent?) of an integer, decimal, fraction or mixed number; else None."""
     if len(text) > MAX_NUMBER_CHARS:
         return None
     sign, body = (-1, text[1:]) if text.startswith("-") else (1, text)
     body = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), body.strip(" %"))
     body = _POWER_OF_TEN.sub(lambda match: f"{'' if match.start() else 1}e{match[1]}", body)
     body = _FRAC.sub(r" \1/\2", body).strip()
-    value, ratio = None, _RATIO.fullmatch(body)
-    if ratio and int(ratio[3]):
+    if (ratio := _RATIO.fullmatch(body)) and int(ratio[3]):
         value = int(ratio[1] or 0) + Fraction(int(ratio[2]), int(ratio[3]))
     elif _DECIMAL.fullmatch(body):
         value = Fraction(body)
-    decimal = not ratio and not body.isdigit()
-    return None if value is None else Number(sign * value, decimal, text.endswith("%"))
+    else:
+        return None
+    return sign * value, not ratio and not body.isdigit(), text.endswith("%")
 
 
 def _same_number(truth: str, box: str) -> bool | None:
@@ -174,28 +164,21 @@ def _same_number(truth: str, box: str) -> bool | None:
     # 1000,99 is a decimal only against a decimal number; elsewhere it may be a list
     truth, box = (re.sub(r"^(-?\d+),(\d\d|\d{4,})$", r"\1.\2", side) if "." in other else side
                   for side, other in ((truth, box), (box, truth)))
-    a, b = plain_number(truth), plain_number(box)
-    if a is None or b is None:
+    numbers = plain_number(truth), plain_number(box)
+    if not all(numbers):
         return None
-    rounded = (a.decimal or b.decimal) and a.value.denominator != 1
-    tolerance = RELATIVE_TOLERANCE * abs(a.value) if rounded else 0
-    readings = [b.value]
-    if a.percent != b.percent:
-        readings.append(b.value / 100 if b.percent else b.value * 100)
-    return any(abs(a.value - reading) <= tolerance for reading in readings)
+    (a, a_decimal, a_percent), (b, b_decimal, b_percent) = numbers
+    rounded = (a_decimal or b_decimal) and a.denominator != 1
+    tolerance = RELATIVE_TOLERANCE * abs(a) if rounded else 0
+    readings = [b] if a_percent == b_percent else [b, b / 100 if b_percent else b * 100]
+    return any(abs(a - reading) <= tolerance for reading in readings)
 
 
 # ---------------------------------------------------------------- rules 5 to 7: names, units, lists
 
-_NAME = re.compile(r"(?:\\?[a-zA-Z]|\\text\s*\{[^{}]*\}|_\w|_\{[^{}]*\}|\([^()=]*\)|['|:\s])+")
-_FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)h?(?![a-zA-Z])")
-_NO_NAME = re.compile(r"\\(?:sqrt|frac|lim|sum|prod|int|pm|cdot|times|infty|pi|le|ge|ne)(?![a-zA-Z])")
-
-
-def _is_name(text: str) -> bool:
-    r"""x, f(2), V_1, \angle ABC, \text{Area}, (x, y): what may stand in front of an equals sign."""
-    has_form = _NAME.fullmatch(text) and re.search("[a-zA-Z]", text)
-    return bool(has_form) and not _FUNCTION.search(text) and not _NO_NAME.search(text)
+_NAME = re.compile(r"""             # x, f(2), V_1, \angle ABC, \text{Area}, (x, y)
+    (?=.*[a-zA-Z])(?!.*\\(?:sqrt|frac|lim|sum|prod|int|pm|cdot|times|infty|pi|sin|cos|tan|log|ln)\b)
+    (?:\\?[a-zA-Z]|\\text\s*\{[^{}]*\}|_\w|_\{[^{}]*\}|\([^()=]*\)|['|:\s])+""", re.VERBOSE)
 
 
 def _variables(text: str) -> set[str]:
@@ -207,16 +190,16 @@ def _variables(text: str) -> set[str]:
 def _split_name(text: str) -> tuple[str, str]:
     r"""`f(x) = 4 + 1 = 5` -> (`f(x)`, `5`): what is named, and the last value of the chain."""
     exact = text.partition(r"\approx")[0].strip()
-    if exact and not _is_name(exact):       # \sqrt{2} \approx 1.414: the exact form is the answer
+    if exact and not _NAME.fullmatch(exact):        # \sqrt{2} \approx 1.414: the exact form counts
         text = exact
     *heads, value = _split(re.sub(r"\\(?:approx|in)(?![a-zA-Z])", "=", text), "=") or [""]
-    if not heads or len(_split("=".join(heads), ",;")) > 1:     # x = 1, y = 2 is a list of equations
+    if not heads or len(_split("=".join(heads), ",;")) > 1:     # x = 1, y = 2 is a list
         return "", text
-    if _is_name(heads[0]):
+    if _NAME.fullmatch(heads[0]):
         return re.sub(r"\s", "", heads[0]), value
     # 2 + 2 = 4 states its value, 203 = 204 states two, and x + y = 5 is an equation
     numbers = filter(None, map(plain_number, [*heads, value]))
-    values = {number.value / (100 if number.percent else 1) for number in numbers}
+    values = {number / (100 if percent else 1) for number, _, percent in numbers}
     return "", text if len(values) > 1 or _variables(text) else value
 
 
@@ -229,26 +212,27 @@ def _drop_names(truth: str, box: str) -> tuple[str, str]:
 
 _UNIT = re.compile(r"""
     (?:(?<=[\d)}])|(?<=\\pi))\s*(?:
-        \\(?:text|mathrm)\s*\{(?P<text>[^{}\d]*(?:\^?[23])?)\}              # 10\text{ cm}
+        \\(?:text|mathrm)\s*\{(?P<text>[^{},\d]*(?:\^?[23])?)\}             # 10\text{ cm}
         |(?<![\\a-zA-Z])(?P<bare>cm|mm|km|ft|in|lbs?|oz|kg|mg|hrs?|min|sec|mph|mi|am|pm|th|st|nd|rd
-            |mol|rad|Hz|eV|kJ|kW|mL|kN|Pa|m/s|km/h|[a-zA-Z]{4,}(?:\s+[a-zA-Z]+)*)(?![a-zA-Z])   # 5 feet
+            |mol|rad|Hz|eV|kJ|kW|mL|kN|Pa|m/s|km/h
+            |[a-zA-Z]{4,}(?:\s+[a-zA-Z]+)*)(?![a-zA-Z])                     # 5 cm, 64 square feet
     )\s*(?P<power>\^\s*\{?-?\d\}?)?$""", re.VERBOSE)
 
 
 def _split_unit(text: str) -> tuple[str, str]:
     r"""`10\text{ cm}^2` -> (`10`, `cm^2`). One bare letter is a variable (2k, 10m)."""
     match = _UNIT.search(text)
-    if match is None or re.search(r"\b(?:or|not|if)\b", match[0]):
+    if match is None or re.search(r"\b(?:not|if)\b", match[0]):
         return text, ""
     value = text[:match.start()].strip()
-    if len(_split(value, ",;")) > 1 and not plain_number(value):    # 1 cm, 2 cm: each item has its own
+    if len(_split(value, ",;")) > 1 and not plain_number(value):    # 1 cm, 2 cm: item by item
         return text, ""
     unit = re.sub(r"[{}\s.]", "", (match["text"] or match["bare"] or "") + (match["power"] or ""))
     return value, re.sub(r"(?<=\w\w)s\b", "", unit.lower())
 
 
 def _items(text: str) -> tuple[str, list[str]]:
-    r"""(brackets, items): `(1, 2]` -> ("(]", [1, 2]), `1, 2` -> ("", [1, 2]), `\pm 4` -> 4 and -4."""
+    r"""`(1, 2]` -> ("(]", [1, 2]), `1, 2` -> ("", [1, 2]), `\pm 4` -> ("", [4, -4])."""
     body = re.sub(r"\\([{}])", r"\1", text)
     if _enclosed(body, "([{"):
         inner = _split(body[1:-1], ",;")
@@ -273,16 +257,19 @@ def _equal_lists(truth: tuple, box: tuple, compare) -> bool | None:
     if max(len(truth_items), len(box_items)) > MAX_ITEMS:
         return False
     # brackets give an order; so do names on one side only: x = 1, y = 2 against 1, 2
-    truth_names, box_names = ({_split_name(item)[0] for item in items} for items in (truth_items, box_items))
-    if brackets not in ("", "{}") or (len(truth_names) > 1 and box_names == {""}):
+    names = [{_split_name(item)[0] for item in items} for items in (truth_items, box_items)]
+    if brackets not in ("", "{}") or (len(names[0]) > 1 and names[1] == {""}):
         verdicts = [_equal(*pair, compare) for pair in zip(truth_items, box_items)]
-        return min(verdicts, key=_CERTAINTY, default=True) if len(truth_items) == len(box_items) else False
-    table = [[_equal(a, b, compare) for b in box_items] for a in truth_items]
-    return min((max(line, key=_CERTAINTY, default=False) for line in [*table, *zip(*table)]), key=_CERTAINTY)
+        verdicts += [False] * (len(truth_items) != len(box_items))
+    else:
+        table = [[_equal(a, b, compare) for b in box_items] for a in truth_items]
+        verdicts = [max(line, key=_CERTAINTY, default=False) for line in [*table, *zip(*table)]]
+    return min(verdicts, key=_CERTAINTY, default=True)
 
 
 # ------------------------------------------------------------------- rule 8, and the rules in order
 
+_FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)h?(?![a-zA-Z])")
 _HEAVY = re.compile(r"""
     \^\s*\{?[-(\s]*\d{5,}                                               # 2^{100000}
     |\^\s*\{?[-(\s]*(?:\d{2,}\s*\^|\d\s*\^\s*\{?\s*\d{2,})              # 2^{10^9}, 9^{9^{99}}
@@ -304,7 +291,7 @@ def _words(text: str) -> str:
 
 
 def _only_interval(text: str) -> bool:
-    r"""(2,5] and (-\infty,2) are intervals, and so are 2 < x \le 5 and x < 2. (2,5) may be a point."""
+    r"""(2,5] and (-\infty,2) may be written 2 < x \le 5 and x < 2; but (2,5) may be a point."""
     return _items(text)[0] in ("(]", "[)") or r"\infty" in text
 
 
@@ -319,21 +306,15 @@ def _refused(truth: str, box: str) -> bool:
     stray = _variables(box) - _variables(truth)     # math-verify reads 2A as 2a
     if stray and not (_ORDER.search(box) and _only_interval(truth)):
         return True
-    # a number is no expression, x^2 + y^2 = z^2 is not z^2, 1011_2 is not 1011
-    if (plain_number(box) and _variables(truth) or ("=" in truth) != ("=" in box)
-            or _BASE.findall(truth) != _BASE.findall(box)):
-        return True
-    words = [sorted(word.strip().casefold() for word in _TEXT.findall(side) if len(word.strip()) > 1)
+    # a number is no expression, x^2 + y^2 = z^2 is not z^2, 1011_2 not 1011, \text{not } 4 not 4
+    words = [sorted(word.strip().casefold() for word in _TEXT.findall(side) if word.strip()[1:])
              for side in (truth, box)]
-    return words[0] != words[1]                     # \text{not } 4 is not 4
+    return bool(plain_number(box) and _variables(truth) or ("=" in truth) != ("=" in box)
+                or _BASE.findall(truth) != _BASE.findall(box) or words[0] != words[1])
 
 
-def _ask(truth: str, box: str) -> None:
-    """Stands in for math-verify where only the rules may run: leaves the verdict open."""
-
-
-def _equal(truth: str, box: str, compare=_ask) -> bool | None:
-    """Rules 3 to 9 on normalised text; `compare` is rule 9. None if neither can tell."""
+def _equal(truth: str, box: str, compare=lambda truth, box: None) -> bool | None:
+    """Rules 3 to 9 on normalised text; `compare` is rule 9. None: only math-verify can tell."""
     if _key(truth) == _key(box):
         return True
     verdict = _same_number(truth, box)
@@ -366,8 +347,6 @@ def _alternatives(ground_truth) -> list[str]:
     """The normalised texts of a str, int, float, or a list of them. Empty for an invalid row."""
     if isinstance(ground_truth, (list, tuple)):
         return [text for item in ground_truth for text in _alternatives(item)]
-    if isinstance(ground_truth, float) and ground_truth.is_integer():
-        ground_truth = int(ground_truth)                    # 142.0 in a JSON file is the integer 142
     if isinstance(ground_truth, (int, float)) and abs(ground_truth) < 10**MAX_NUMBER_CHARS:
         ground_truth = repr(ground_truth)
     if not isinstance(ground_truth, str):
@@ -377,7 +356,7 @@ def _alternatives(ground_truth) -> list[str]:
 
 
 def is_valid_ground_truth(ground_truth) -> bool:
-    """False for a row that can never be rewarded: blank, neither text nor number, a list of such."""
+    """False for a row that can never be rewarded: blank, no text or number, a list of such."""
     return bool(_alternatives(ground_truth))
 
 
@@ -386,7 +365,7 @@ def _math_verify(truth: str, box: str) -> bool | None:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, I
-    # units=False, or it drops the s of 2s; boxed, or it misreads bare text; no alarm: the pool keeps time
+    # units=False, or it drops the s of 2s; boxed, or it misreads bare text; the pool keeps the time
     config = [LatexExtractionConfig(normalization_config=NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"))]
 
@@ -405,22 +384,21 @@ def _math_verify(truth: str, box: str) -> bool | None:
 
 
 def _close(truth, box) -> bool:
-    """Equal to a relative 1e-6 at an arbitrary point: math-verify's decimals make tiny numbers equal."""
+    """Equal to a relative 1e-6 at some point: math-verify's decimals make tiny numbers equal."""
     from sympy import Expr, N, Rational
     if not (isinstance(truth, Expr) and isinstance(box, Expr)):
         return True
-    symbols = sorted(truth.free_symbols | box.free_symbols, key=lambda symbol: symbol.name)
+    symbols = sorted(truth.free_symbols | box.free_symbols, key=str)
     point = {symbol: Rational(7 + 3 * k, 5 + 2 * k) for k, symbol in enumerate(symbols)}
     a, b = (N(side.doit().subs(point)) for side in (truth, box))
     if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
         return True
-    return bool(abs(a - b) <= 1e-6 * max(abs(a), abs(b)) if a and b else max(abs(a), abs(b)) < 1e-30)
+    size = max(abs(a), abs(b))
+    return bool(abs(a - b) <= 1e-6 * size if a and b else size < 1e-30)     # a zero may be rounded
 
 
 # -------------------------------------------------------------------------------------- supervision
-#
 # parent -> grader process (this file, run as a script) -> pebble's fork server -> workers
-#
 # Children of multiprocessing import the parent's main module: under `torchrun train.py` that means
 # torch in every worker. So the parent starts this file with subprocess (safe with threads and CUDA)
 # and they exchange lines. All of it goes when the parent's pipe closes, however the parent ended.
@@ -428,9 +406,9 @@ def _close(truth, box) -> bool:
 class Verifier:
     """Grades in the background: `submit` summaries as they arrive, collect the futures later.
 
-    num_workers (int) processes start with the first pair that the rules cannot decide; `timeout` is
-    in seconds for one comparison. `stats` counts gradings: graded, fast (by the rules or remembered)
-    and one counter for each of FAILURES. ImportError if math-verify or pebble is missing.
+    num_workers (int) processes start with the first pair that the rules cannot decide; `timeout`
+    (seconds) bounds one comparison. `stats` counts gradings: graded, fast (by the rules, or
+    remembered) and each of FAILURES. ImportError if math-verify or pebble is missing.
     """
 
     def __init__(self, num_workers: int = 2, timeout: float = TASK_TIMEOUT):
@@ -439,13 +417,14 @@ class Verifier:
                 raise ImportError(f"verifier.py needs {module}: pip install math-verify pebble")
         self.num_workers, self.timeout = num_workers, timeout
         self.stats = dict.fromkeys(("graded", "fast", *FAILURES), 0)
-        self._taken, self._known = dict(self.stats), {}     # _known: a verdict, or futures that wait
+        self._taken, self._known = dict(self.stats), {}
         self._reset()
 
     def _reset(self):
         self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
         self._process, self._pending, self._numbers = None, {}, itertools.count()
-        self._known = {key: known for key, known in self._known.items() if isinstance(known, str)}
+        # (truths, box) -> a verdict, or the futures that wait for it; those belong to the parent
+        self._known = {key: v for key, v in self._known.items() if isinstance(v, str)}
 
     def __enter__(self):
         return self
@@ -454,7 +433,7 @@ class Verifier:
         self.close()
 
     def submit(self, summary: str, ground_truth) -> Future:
-        """A future of 0.0 or 1.0 that never raises. ground_truth: str, int, float or alternatives."""
+        """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float or a list of them."""
         if self._pid != os.getpid():        # a forked child must not talk into its parent's pipe
             self._reset()
         box = extract_answer(summary) if isinstance(summary, str) else None
@@ -467,7 +446,11 @@ class Verifier:
         if isinstance(known, str):
             self._finish([future], known, fast=True)
         elif known[0] is future:            # the first of equal pairs; the others wait for it
-            self._decide(key)
+            try:
+                verdict = _verdict(*key)
+            except Exception:
+                verdict = "exceptions"      # a fault in the rules: a counted 0
+            self._settle(key, verdict, fast=True) if verdict else self._send(key)
         return future
 
     def score(self, pairs) -> list[float]:
@@ -493,18 +476,11 @@ class Verifier:
         except (OSError, subprocess.TimeoutExpired):
             process.kill()                  # its workers and fork server follow
 
-    def _decide(self, key):
-        try:
-            verdict = _verdict(*key, _ask)
-        except Exception:
-            verdict = "exceptions"          # a fault in the rules: a counted 0, so training hears of it
-        self._settle(key, verdict, fast=True) if verdict else self._send(key)
-
     def _settle(self, key, verdict: str, fast: bool = False):
         with self._lock:
             waiting = self._known.pop(key)
             if len(self._known) >= MAX_CACHE:
-                self._known = {k: known for k, known in self._known.items() if isinstance(known, list)}
+                self._known = {k: v for k, v in self._known.items() if isinstance(v, list)}
             self._known[key] = verdict      # failures too: a hostile string costs its seconds once
         self._finish(waiting, verdict, fast)
 
@@ -527,14 +503,14 @@ class Verifier:
                 self._process.stdin.write(json.dumps([number, *key]) + "\n")
                 self._process.stdin.flush()
             except OSError:
-                pass                        # it just died; `_read` is about to see that and send again
+                pass                        # it just died; `_read` will see that and send again
 
     def _start(self):
-        command = [sys.executable, os.path.abspath(__file__), str(self.num_workers), str(self.timeout)]
+        arguments = str(self.num_workers), str(self.timeout)
         # its own session, as Ctrl-C is for the parent; one hash seed, as sympy depends on set order
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"})
+            [sys.executable, os.path.abspath(__file__), *arguments], text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONHASHSEED": "0"})
         threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
 
     def _read(self, process):
@@ -543,7 +519,7 @@ class Verifier:
             with self._lock:
                 key, _ = self._pending.pop(int(number))
             self._settle(key, verdict)
-        process.wait()                      # the grader process is gone: closed, or killed from outside
+        process.wait()                      # the grader process was closed, or killed from outside
         with self._lock:
             lost, self._pending, self._process = self._pending, {}, None
         for key, attempt in lost.values():
@@ -559,7 +535,7 @@ _shared, _shared_lock = None, threading.Lock()
 
 
 def is_correct(summary: str, ground_truth) -> bool:
-    """Is the summary's last box the ground truth? From any thread, in bounded time, no exception."""
+    """Is the summary's last box the ground truth? From any thread, in bounded time, no error."""
     global _shared
     with _shared_lock:
         if _shared is None:
@@ -568,11 +544,11 @@ def is_correct(summary: str, ground_truth) -> bool:
     return _shared.submit(summary, ground_truth).result() == 1.0
 
 
-def _verdict(truths, box: str, compare) -> str | None:
-    """A word for the best of the alternatives; None if `compare` left it open."""
+def _verdict(truths, box: str, *compare) -> str | None:
+    """A word for the best of the alternatives; None if it is left open."""
     if not truths:
         return "invalid_ground_truths"
-    best = max((_equal(truth, box, compare) for truth in truths), key=_CERTAINTY) if box else False
+    best = max((_equal(truth, box, *compare) for truth in truths), key=_CERTAINTY) if box else False
     return None if best is None else "right" if best else "wrong"
 
 
@@ -593,16 +569,14 @@ def _grade(truths: list[str], box: str, timeout: float) -> str:
 
 def _init_worker():
     import ctypes
-    import logging
     import resource
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # pebble's is Python, unseen by a long C loop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # pebble's own waits for a C loop to end
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: go with the fork server
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)                  # the parser prints its complaints
-    logging.disable(logging.CRITICAL)
 
 
 def _serve(num_workers: int, timeout: float):
