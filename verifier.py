@@ -73,19 +73,20 @@ _UNICODE = str.maketrans({
 # In this order, each with an example. END closes a command's name, so that \le leaves \left alone.
 _REWRITES = [(re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new) for pattern, new in [
     (r"\\(?:boxed|fbox)(?=\s*\{)|\\!\s*", ""),                              # \boxed{5}, 12,\!000
-    (r"(?<!\\)\\[()\[\]]|\\?\$|\*\*", ""),                                  # \(5\), \$5, **5**
+    (r"(?<!\\)\\[()\[\]]|\\?\$", ""),                                       # \(5\), $5$, \$5
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)END\.?", ""),             # \left(1, 2\right)
     (r"\{,\}", ","), (r"(?<!\\)\\[,;: ]|~|\\q?quadEND|\s+", " "),           # 1{,}000, 5\ \text{cm}
-    (r"\\[dtc]fracEND", r"\\frac"), (r"<=", r"\\le "), (r">=", r"\\ge "),   # \dfrac{1}{2}, x<=5
+    (r"\\[dtc]fracEND", r"\\frac"), (r"\\varnothingEND", r"\\emptyset"),    # \dfrac{1}{2}
+    (r"<=", r"\\le "), (r">=", r"\\ge "),                                   # x<=5
     (r"\\(?:mbox|text(?:rm|bf|it|normal))(?=\s*\{)", r"\\text"),            # \textbf{(C)}
     (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)END", ","),      # 4 or 6
     (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)", ""),                   # The answer is 5
-    (r"\^\s*(?:\\circEND|\{\s*\\circ\s*\})|\\degreeEND", " "),              # 45^{\circ}
+    (r"(?:\^\s*(?:\\circEND|\{\s*\\circ\s*\})|\\degreeEND)(?:\s*[CF]END)?", " "),   # 45^{\circ}
     (r"\\%|\\text\s*\{\s*percent\s*\}|(?<![a-zA-Z\\])(?:percent|pct)END", "%"),     # 28 percent
     (r"\\(frac|sqrt)(?:\s+(?=\w)|(?=\d))(\w)", r"\\\1{\2}"),                # \frac12, \sqrt3
     (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),                     # \frac{1}2
     (r"\\(?:text|math(?:bf|rm))\s*\{\s*([\d.,]+)\s*\}", r"\1"),             # \mathbf{42}
-    (r"\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\1\1\1\1\1\1\1\1"),           # 0.1\overline{6}
+    (r"(\.\d*)\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.1\overline{6}
     (r"_\s*\{\s*\\(?:(?:text|mathrm)\s*\{\s*)?(\w+)\s*\}(?:\s*\})?", r"_{\1}"),     # k_{\text{B}}
     (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"), (r"(^|[(\[{,=])\s*\+", r"\1"),   # x^{2}, (0, +\infty)
 ]]
@@ -236,7 +237,7 @@ def _items(text: str) -> tuple[str, list[str]]:
     body = re.sub(r"\\([{}])", r"\1", text)
     if _enclosed(body, "([{"):
         inner = _split(body[1:-1], ",;")
-        if len(inner) > 1 or body[0] == "{":
+        if len(inner) > 1:
             return body[0] + body[-1], inner
     items = []
     for item in [text] if plain_number(text) else _split(text, ",;"):
@@ -348,7 +349,7 @@ def _alternatives(ground_truth) -> list[str]:
     if isinstance(ground_truth, (list, tuple)):
         return [text for item in ground_truth for text in _alternatives(item)]
     if isinstance(ground_truth, (int, float)) and abs(ground_truth) < 10**MAX_NUMBER_CHARS:
-        ground_truth = repr(ground_truth)
+        ground_truth = str(ground_truth)
     if not isinstance(ground_truth, str):
         return []
     text = normalise(extract_answer(ground_truth) or ground_truth)
@@ -433,7 +434,7 @@ class Verifier:
         self.close()
 
     def submit(self, summary: str, ground_truth) -> Future:
-        """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float or a list of them."""
+        """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list."""
         if self._pid != os.getpid():        # a forked child must not talk into its parent's pipe
             self._reset()
         box = extract_answer(summary) if isinstance(summary, str) else None
@@ -509,8 +510,9 @@ class Verifier:
         arguments = str(self.num_workers), str(self.timeout)
         # its own session, as Ctrl-C is for the parent; one hash seed, as sympy depends on set order
         self._process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), *arguments], text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONHASHSEED": "0"})
+            [sys.executable, os.path.abspath(__file__), *arguments], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONHASHSEED": "0"})
         threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
 
     def _read(self, process):

@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-import verifier as rules  # noqa: E402
-from verifier import Verifier, failure_share, is_correct  # noqa: E402
+import verifier as rules
+from verifier import Verifier, failure_share, is_correct
 
 STUCK = (r"\boxed{\int \frac{x^{50}+\sin^{20}(x)\cos^{31}(x)}{(x^7+x+1)^{9}} dx}", r"\int_0^1 x dx")      # minutes
 GOOD, BAD = (r"\boxed{1+x}", "x+1"), (r"\boxed{2+x}", "x+1")

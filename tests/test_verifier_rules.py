@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-import verifier as rules  # noqa: E402
-from verifier import Verifier, extract_answer, is_correct, is_valid_ground_truth  # noqa: E402
+import verifier as rules
+from verifier import Verifier, extract_answer, is_correct, is_valid_ground_truth
 
 # FULL_REWRITES=1 checks every dataset ground truth (about 20 s more) instead of a fixed sample of 800.
 FULL = os.environ.get("FULL_REWRITES") == "1"
