@@ -50,9 +50,10 @@ _BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 def extract_answer(text: str) -> str | None:
     r"""Content of the last balanced \boxed{...}, or None. Linear: a text can be all braces."""
+    answer = None
     # \{ and \} are no braces to TeX. If no box closes that way, as in \boxed{204\}, they count.
     for also_braces in ((), (r"\{", r"\}")):
-        opened, answer = [], None
+        opened = []
         for match in _BRACE.finditer(text):
             token = match[0][-1] if match[0] in also_braces else match[0]
             if token == "}" and opened:
@@ -61,7 +62,7 @@ def extract_answer(text: str) -> str | None:
                     answer = text[start:match.end() - 1]
             elif token == "{" or "box" in token:
                 opened.append(match.end() if "box" in token else None)
-        if answer:
+        if answer or "\\" not in text:
             break
     return answer
 
@@ -88,7 +89,6 @@ _REWRITES = [(re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new) for patt
     (r"\\(?:text|math(?:bf|rm))\s*\{\s*([\d.,]+)\s*\}", r"\1"),             # \mathbf{42}
     (r"(\.\d*)\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.1\overline{6}
     (r"_\s*\{\s*\\(?:(?:text|mathrm)\s*\{\s*)?(\w+)\s*\}(?:\s*\})?", r"_{\1}"),     # k_{\text{B}}
-    (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"), (r"(^|[(\[{,=])\s*\+", r"\1"),   # x^{2}, (0, +\infty)
 ]]
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 

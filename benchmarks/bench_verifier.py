@@ -26,10 +26,11 @@ import verifier as rules
 
 SHARED, NEVER = ROOT.parent / "shared", re.compile("(?!)")
 OFF = {         # what stands in for a rule that is switched off
-    "_UNICODE": {}, "_same_number": lambda truth, box: None, "_THOUSANDS": NEVER, "_POWER_OF_TEN": NEVER,
+    "_UNICODE": {}, "_same_number": lambda truth, box: None,
+    "_THOUSANDS": NEVER, "_POWER_OF_TEN": NEVER,
     "_drop_names": lambda truth, box: (truth, box), "_split_unit": lambda text: (text, ""),
     "_items": lambda text: ("", [text]), "_words": lambda text: "", "_HEAVY": NEVER, "_RESTATED": NEVER,
-    "_FUNCTION": NEVER, "_BASE": NEVER, "_TEXT": NEVER, "_variables": lambda text: set(),
+    "_FUNCTION": NEVER, "_BASE": NEVER, "_variables": lambda text: set(),
     "_only_interval": lambda text: False, "_refused": lambda truth, box: False}
 
 
@@ -83,10 +84,11 @@ def ablation_sets(count):
     """name -> [(summary, ground truth, expected)]"""
     truths = cases.distinct(cases.dataset_truths())
     random.Random(3).shuffle(truths)
-    named = {"labelled": [(row["candidate"], row["gold"], row["expected"]) for row in rows("pairs.jsonl")
-                          if row["scope"] not in ("nobox", "contested")],
-             "conventions": [(cases.boxed(box), truth, verdict) for _, truth, box, verdict in cases.CASES],
-             "itself": [(cases.boxed(cases.plain_text(truth)), truth, 1) for truth in truths]}
+    named = {
+        "labelled": [(row["candidate"], row["gold"], row["expected"]) for row in rows("pairs.jsonl")
+                     if row["scope"] not in ("nobox", "contested")],
+        "conventions": [(cases.boxed(box), truth, right) for _, truth, box, right in cases.CASES],
+        "itself": [(cases.boxed(cases.plain_text(truth)), truth, 1) for truth in truths]}
     for name, generate in (("rewrites", cases.rewrites), ("outputs", cases.model_outputs)):
         named[name] = [(cases.boxed(text), truth, 1) for truth in truths[:count]
                        for _, text in generate(cases.plain_text(truth)) if text]
@@ -96,22 +98,24 @@ def ablation_sets(count):
 
 
 def verdicts(pairs, compare):
-    answers = [(rules._alternatives(truth), rules.extract_answer(summary)) for summary, truth, _ in pairs]
-    return [float(bool(box) and rules._verdict(truths, rules.normalise(box), compare) == "right")
-            for truths, box in answers]
+    boxes = [rules.normalise(rules.extract_answer(summary) or "") for summary, _, _ in pairs]
+    return [float(rules._verdict(rules._alternatives(truth), box, compare) == "right")
+            for (_, truth, _), box in zip(pairs, boxes)]
 
 
 def print_ablation(count):
     compare, named = MathVerify(), ablation_sets(count)
     before = {name: verdicts(pairs, compare) for name, pairs in named.items()}
-    wrong = {name: sum(score != pair[2] for score, pair in zip(before[name], named[name])) for name in named}
-    print("\nVerdicts that switching off one rule moves: right to wrong (newly rewarded) / wrong to right\n")
+    wrong = {name: sum(score != pair[2] for score, pair in zip(before[name], pairs))
+             for name, pairs in named.items()}
+    print("Verdicts moved by switching off: right to wrong (newly rewarded) / wrong to right\n")
     print("| switched off |", " | ".join(f"{name}, {len(named[name])}" for name in named), "|")
     print("|---" * (len(named) + 1) + "|")
     print("| nothing: verdicts that miss |", " | ".join(map(str, wrong.values())), "|")
     everything = list(rules._REWRITES)
-    switches = [("_REWRITES", [r for r in everything if r is not rewrite], f"`{rewrite[0].pattern[:48]}`")
-                for rewrite in everything] + [(name, off, name) for name, off in OFF.items()]
+    switches = [("_REWRITES", [other for other in everything if other is not one],
+                 f"`{one[0].pattern[:48]}`") for one in everything]
+    switches += [(name, off, name) for name, off in OFF.items()]
     for name, off, label in switches:
         kept = getattr(rules, name)
         setattr(rules, name, off)
@@ -127,22 +131,27 @@ def print_ablation(count):
 
 # ----------------------------------------------------------------------------------------- speed
 
-def print_speed(count, workers, seconds):
+def speed_pairs(count, share):
     """Half of the ground truths are no plain numbers, twice their share in the data."""
+    truths, hostile = cases.distinct(cases.dataset_truths()), rows("hostile.jsonl")
+    hard = [truth for truth in truths if not rules.plain_number(rules._alternatives(truth)[0])]
+    generator, pairs = random.Random(0), []
+    for number in range(count):
+        pool = hard if number % 2 else truths
+        truth = generator.choice(pool)
+        box = cases.plain_text(truth if number % 4 < 2 else generator.choice(pool))
+        pairs.append((cases.boxed(box), truth))
+        if share and number % round(1 / share) == 0:
+            row = hostile[number % len(hostile)]
+            pairs[-1] = row["candidate"], [row["gold"], str(10**12 + number)]    # not remembered
+    return pairs
+
+
+def print_speed(count, workers, seconds):
     print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {workers} workers, {count} pairs")
     print("| grader | hostile | pairs | pairs/s | timeouts |\n|---|---|---|---|---|")
-    truths = cases.distinct(cases.dataset_truths())
-    hard = [truth for truth in truths if not rules.plain_number(rules._alternatives(truth)[0])]
     for share in (0.0, 0.1):
-        generator, hostile, pairs = random.Random(0), rows("hostile.jsonl"), []
-        for number in range(count):
-            pool = hard if number % 2 else truths
-            truth = generator.choice(pool)
-            box = cases.plain_text(truth if number % 4 < 2 else generator.choice(pool))
-            pairs.append((cases.boxed(box), truth))
-            if share and number % round(1 / share) == 0:
-                row = hostile[number % len(hostile)]
-                pairs[-1] = row["candidate"], [row["gold"], str(10**12 + number)]    # not remembered
+        pairs = speed_pairs(count, share)
         with rules.Verifier(workers) as verifier:
             verifier.score([(r"\boxed{x+1}", "1+x")])       # start the processes before the clock
             start = time.perf_counter()
@@ -159,11 +168,11 @@ def print_speed(count, workers, seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ablation", action="store_true")
-    parser.add_argument("--count", type=int, default=600, help="ground truths in the ablation; pairs for the speed")
+    parser.add_argument("--count", type=int, default=600, help="ground truths, or pairs for the speed")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=20, help="time for plain math-verify in each row")
+    parser.add_argument("--seconds", type=float, default=20, help="for plain math-verify in each row")
     args = parser.parse_args()
     if not (SHARED / "data").exists():
         sys.exit(f"{SHARED} with data/ and verifier/ is needed: link or copy it there")

@@ -66,9 +66,9 @@ def test_the_answer_is_the_last_balanced_box(summary, answer):
 
 @pytest.mark.parametrize("unit", [r"\boxed{", "{", "}", r"\boxed{1} ", r"\{", "\\", r"\boxed{\frac{"])
 def test_reading_the_box_takes_linear_time(unit):
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(unit * (1_000_000 // len(unit)))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("text", [
@@ -76,10 +76,10 @@ def test_reading_the_box_takes_linear_time(unit):
     "^{" * 1900, "(" * 1900 + ")" * 1900, "\\frac" * 700, "f(" * 1900, "1,000" * 700, "_{a}" * 900, " " * 3900 + "x", "ab " * 1300, "\\pm" * 1300])
 def test_the_rules_themselves_are_fast_on_any_text(text):
     """Regular expressions can hang too; the parent runs them without a timeout."""
-    start = time.perf_counter()
+    start = time.process_time()
     for truth in ("204", r"\frac{1}{2}", "x", "(1,2)"):
         rules._equal(rules.normalise(truth), rules.normalise(text))
-    assert time.perf_counter() - start < 5, "far less on a free core; machines are shared"
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("text", [
