@@ -3,11 +3,12 @@
     python benchmarks/bench_verifier.py               # accuracy on the labelled pairs, pairs/s
     python benchmarks/bench_verifier.py --ablation    # verdicts moved by switching one rule off
 
-Plain math-verify runs as in a trainer that calls it: in this process, on the whole summary, with its
-5 s alarms. Needs ../shared with data/ and verifier/.
+Plain math-verify runs in this process, on the whole summary, with its own 5 s alarms, as in a
+trainer that calls it directly. Needs ../shared with data/ and verifier/.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_verifier_rules as cases
+from pebble import ProcessPool
 
 import verifier as rules
 
@@ -41,8 +43,8 @@ def rows(name):
 def plain_math_verify(summary, truth):
     from math_verify import parse, verify
     texts = [str(text) for text in (truth if isinstance(truth, list) else [truth])]
-    texts = [text if "$" in text or "\\boxed" in text else f"\\boxed{{{text}}}" for text in texts]
-    return float(any(verify(parse(text), parse(summary)) for text in texts))
+    return float(any(verify(parse(text if "$" in text or "\\boxed" in text else f"${text}$"),
+                            parse(summary)) for text in texts))
 
 
 def print_accuracy():
@@ -61,19 +63,15 @@ def print_accuracy():
         print("|", " | ".join(map(str, cells)), "|")
 
 
-class MathVerify:
-    """rules._math_verify in a worker, remembered: most verdicts do not change between two rules."""
+def remembered_math_verify():
+    """rules._math_verify in a worker: most questions do not change when a rule is switched off."""
+    pool = ProcessPool(1, initializer=rules._init_worker)
 
-    def __init__(self):
-        from pebble import ProcessPool
-        self.pool, self.known = ProcessPool(1, initializer=rules._init_worker), {}
-
-    def __call__(self, *texts):
-        if texts not in self.known:
-            future = self.pool.schedule(rules._math_verify, args=texts, timeout=5)
-            # a timeout, a death or text that cannot be parsed scores 0
-            self.known[texts] = False if future.exception() else future.result()
-        return self.known[texts]
+    @functools.cache
+    def compare(truth, box):
+        future = pool.schedule(rules._math_verify, args=(truth, box), timeout=5)
+        return False if future.exception() else future.result()     # a timeout or a death is a 0
+    return compare
 
 
 def ablation_sets(count):
@@ -100,7 +98,7 @@ def verdicts(pairs, compare):
 
 
 def print_ablation(count):
-    compare, named = MathVerify(), ablation_sets(count)
+    compare, named = remembered_math_verify(), ablation_sets(count)
     before = {name: verdicts(pairs, compare) for name, pairs in named.items()}
     wrong = {name: sum(score != pair[2] for score, pair in zip(before[name], pairs))
              for name, pairs in named.items()}
@@ -131,9 +129,8 @@ def speed_pairs(count, share):
     hard = [truth for truth in truths if not rules.plain_number(rules._alternatives(truth)[0])]
     generator, pairs = random.Random(0), []
     for number in range(count):
-        pool = hard if number % 2 else truths
-        truth = generator.choice(pool)
-        box = cases.plain_text(truth if number % 4 < 2 else generator.choice(pool))
+        truth = generator.choice(hard if number % 2 else truths)
+        box = cases.plain_text(truth if number % 4 < 2 else generator.choice(truths))
         pairs.append((cases.boxed(box), truth))
         if share and number % round(1 / share) == 0:
             row = hostile[number % len(hostile)]    # the number makes it new to the cache
@@ -165,8 +162,6 @@ def main():
     parser.add_argument("--ablation", action="store_true", help="instead of accuracy and speed")
     parser.add_argument("--count", type=int, default=600, help="of ground truths, or of pairs")
     args = parser.parse_args()
-    if not (SHARED / "data").exists():
-        sys.exit(f"{SHARED} with data/ and verifier/ is needed: link or copy it there")
     logging.disable(logging.CRITICAL)
     if args.ablation:
         print_ablation(args.count)
