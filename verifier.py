@@ -89,6 +89,7 @@ _REWRITES = [(re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new) for patt
     (r"\\(?:text|math(?:bf|rm))\s*\{\s*([\d.,]+)\s*\}", r"\1"),             # \mathbf{42}
     (r"(\.\d*)\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.1\overline{6}
     (r"_\s*\{\s*\\(?:(?:text|mathrm)\s*\{\s*)?(\w+)\s*\}(?:\s*\})?", r"_{\1}"),     # k_{\text{B}}
+    (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"),                                  # x^{2}
 ]]
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 
