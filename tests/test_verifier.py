@@ -155,6 +155,7 @@ def test_a_grader_that_cannot_start_fails_loudly_and_without_hanging(monkeypatch
 
 
 def test_counters(monkeypatch, verifier):
+    verifier.timeout = 30       # on a busy machine the unparsable ground truth must not become a timeout
     assert verifier.score([(r"\boxed{4}", None), (r"\boxed{4}", ["", " "])]) == [0, 0]
     assert verifier.score([(r"\boxed{4x}", r"\frac{}{x}{{")]) == [0]
     monkeypatch.setattr(rules, "_equal", lambda *_: 1 / 0)
