@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-import verifier as rules  # noqa: E402
-from verifier import Verifier, failure_share, is_correct  # noqa: E402
+import verifier as rules
+from verifier import Verifier, failure_share, is_correct
 
 STUCK = (r"\boxed{\int \frac{x^{50}+\sin^{20}(x)\cos^{31}(x)}{(x^7+x+1)^{9}} dx}", r"\int_0^1 x dx")      # minutes
 GOOD, BAD = (r"\boxed{1+x}", "x+1"), (r"\boxed{2+x}", "x+1")
@@ -155,12 +155,13 @@ def test_a_grader_that_cannot_start_fails_loudly_and_without_hanging(monkeypatch
 
 
 def test_counters(monkeypatch, verifier):
+    verifier.timeout = 30       # on a busy machine the unparsable ground truth must not become a timeout
     assert verifier.score([(r"\boxed{4}", None), (r"\boxed{4}", ["", " "])]) == [0, 0]
     assert verifier.score([(r"\boxed{4x}", r"\frac{}{x}{{")]) == [0]
     monkeypatch.setattr(rules, "_equal", lambda *_: 1 / 0)
     assert verifier.score([(r"\boxed{7}", "8")]) == [0]
     assert {name: verifier.stats[name] for name in rules.FAILURES} == {
-        "timeouts": 0, "deaths": 0, "exceptions": 1, "unparsable_golds": 1, "invalid_golds": 2}
+        "timeouts": 0, "deaths": 0, "exceptions": 1, "unparsable_ground_truths": 1, "invalid_ground_truths": 2}
     assert verifier.stats["graded"] == 4 and failure_share(verifier.stats) == 1.0
 
 
@@ -169,8 +170,8 @@ def test_take_stats_returns_one_batch(verifier):
     first = verifier.take_stats()
     verifier.score([(r"\boxed{4}", 4)] * 3)
     second = verifier.take_stats()
-    assert (first["graded"], first["invalid_golds"], failure_share(first)) == (2, 1, 0.5)
-    assert (second["graded"], second["invalid_golds"], failure_share(second)) == (3, 0, 0.0)
+    assert (first["graded"], first["invalid_ground_truths"], failure_share(first)) == (2, 1, 0.5)
+    assert (second["graded"], second["invalid_ground_truths"], failure_share(second)) == (3, 0, 0.0)
     assert failure_share(verifier.take_stats()) == 0.0 and verifier.stats["graded"] == 5
 
 
@@ -285,14 +286,14 @@ def test_no_process_outlives_the_parent(tmp_path, ending, code, entered):
 
 def test_the_parents_main_module_is_not_imported_again(tmp_path):
     """train.py imports torch at its top; a worker that did the same would need seconds and break its memory limit."""
-    script = script_with(tmp_path, head="open('imported', 'a').write('x')\nimport torch\ntorch.ones(2).sum()", body="""
+    script = script_with(tmp_path, head="open('imported', 'a').write('x')\nimport torch\ntorch.ones(2).sum()", body=f"""
         with Verifier(num_workers=1, timeout=1.0) as verifier:
             assert verifier.score([GOOD, BAD]) == [1, 0]
             verifier.score([STUCK])
             start = time.perf_counter()
             assert verifier.score([fresh(3)]) == [1.0]
             print(time.perf_counter() - start)
-            maps = [open(f"/proc/{pid}/maps").read() for pid in children(os.getpid())]
+            maps = [open(f"/proc/{{pid}}/maps").read() for pid in children(os.getpid())]
             print(sum("torch" in text for text in maps), len(maps))
     """)
     result = run(script, cwd=tmp_path)
