@@ -38,6 +38,7 @@ Departures from the paper, and from the authors' code where the two differ:
     first step rate 0, so it moves nothing.
 14. The updates of a step are split strictly by question: the authors' mix a few percent of the
     second half's questions into the first.
+15. The miniature's learning rate falls linearly to 0; the paper presets keep it constant.
 """
 
 import json
@@ -54,7 +55,7 @@ import checkpoint
 import distributed
 import miniature
 import rundir
-from config import Config, batch_arithmetic, check, parse
+from config import Config, batch_arithmetic, check, learning_rate, parse
 from data import digest_of, load_questions, questions_of_step, set_names
 from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
@@ -128,6 +129,7 @@ def train(c: Config):
             old_logps += [[model.token_logprobs(row, c.temperature) for row in rows]
                           for rows in updates[1:]]
 
+        optimizer.param_groups[0]["lr"] = learning_rate(c, step, run.steps)
         stats, grad_norms, applied = [], [], []
         with clock("update"):
             for rows, old in zip(updates, old_logps):
@@ -216,6 +218,8 @@ def prepare(c: Config) -> Run:
     free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs",
             "verifier_workers", "kv_cache_gb", "tensor_parallel_size", "max_tokens_per_row",
             "num_eval_budgets", "reward_timeout", "logger"}
+    if c.lr_schedule == "linear":
+        free -= {"steps", "epochs"}     # the rate of every step depends on how many there will be
     settings = json.loads(json.dumps(asdict(c)))
     identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
 
