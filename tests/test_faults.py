@@ -390,6 +390,8 @@ def test_history_comes_along_and_is_compared_only_where_it_agrees(
 ):
     args = arguments(trained_model_path, tmp_path / "new", "--steps", 4, "--save-every", 2)
     args[args.index("--eval-budgets") + 1] = "24"  # was 12 48
+    (tmp_path / "new").mkdir()  # what a kill left of the first try
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
     train.train(parse([*args, "--resume", str(copy / "checkpoints" / "step-00000002")]))
     lines = [json.loads(x) for x in (tmp_path / "new" / "evals.jsonl").read_text().splitlines()]
     assert [(e["step"], e["budgets"]) for e in lines] == [(0, [16, 64]), (4, [24, 48])]
