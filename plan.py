@@ -11,7 +11,6 @@ that keeps what FlexAttention keeps. Against real processes on a CPU the peak is
 (tests/test_plan.py). The sampler's memory is as configured; OTHER is an allowance.
 """
 
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ import miniature
 import packing
 from config import Config, check, parse
 
-OTHER = 5.0         # GiB: CUDA contexts, NCCL's buffers, vLLM's CUDA graphs, fragments. Not measured
+OTHER = 5.0     # GiB, not measured: CUDA contexts, NCCL's buffers, vLLM's CUDA graphs, fragments
 GIB = 2**30
 
 
@@ -91,7 +90,7 @@ def training_peak(config, gpus: int, tokens: int) -> dict[str, int]:
     finally:
         dist.destroy_process_group()
     of = {getattr(kind, "value", kind): size for kind, size in in_rows.items()}
-    # The tracker's other kinds mix; these lines follow from the shapes, and the rest is the total's.
+    # The tracker's other kinds mix; these follow from the shapes, and the rest is the total's.
     kinds = {"weights, float32, sharded": of["Sharded Param"],
              "two moments of AdamW, sharded": 8 * parameters // gpus,
              "gradients, float32, summed over rows": 4 * parameters,

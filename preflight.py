@@ -4,15 +4,16 @@
     python preflight.py                                             the miniature, on a CPU
 
 Takes every flag of train.py; budgets, rollouts and questions are SMALL unless given by hand. Trains
-two steps of the real model with evaluation and checkpoints, takes the second one again from the first
-one's checkpoint, then measures the training forward alone. Prints a verdict for every part; exit code
-1 if one fails. Everything it writes lies in --output-dir (runs/preflight, emptied at each start).
+two steps of the real model with evaluation and checkpoints, takes the second one again from the
+first one's checkpoint, then tries the training forward alone. Prints a verdict for every part; exit
+code 1 if one fails. Writes into --output-dir only (runs/preflight, emptied at each start).
 """
 
 import json
 import resource
 import shutil
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +21,11 @@ import torch
 
 import distributed
 import miniature
+import rollout
+import train
 from config import Config, check, parse
 from packing import Branch, Tree, pack
 from plan import GIB, row_tokens
-from train import train
 
 SMALL = {"max-budget": 96, "num-budgets": 2, "num-rollouts": 4, "num-summaries": 2,
          "updates-per-step": 2, "steps": 2, "save-every": 1, "keep-checkpoints": 2,
@@ -56,12 +58,15 @@ def main(args: list[str]) -> bool:
     distributed.barrier()
     verdicts = Verdicts()
 
-    train(c)
+    train.make_grader = chance_grader
+    train.train(c)
     first, second = metrics_of(out)
-    train(replace(c, resume=str(out / "checkpoints" / "step-00000001")))
+    train.train(replace(c, resume=str(out / "checkpoints" / "step-00000001")))
     _, again = metrics_of(out)
 
     limit = LIMIT[device.type]
+    verdicts.add("updates without a gradient",
+                 sum(norm == 0 for m in (first, second, again) for norm in m["grad_norm"]), 0)
     verdicts.add("sampler against trainer", first["sampler_gap"], limit)
     # Sampled by weights that one update has moved: a missed sync would leave the old ones.
     verdicts.add("the same after a weight sync", second["sampler_gap"], limit)
@@ -84,6 +89,23 @@ def main(args: list[str]) -> bool:
             verdicts.skip(f"a small step, {name.removeprefix('time/')}", f"{seconds:.1f} s")
     distributed.stop()
     return verdicts.good
+
+
+def chance_grader(verifier, tokenizer, protocol):
+    """Grade as usual, but score by parity: 1 where the summary's token ids add up to odd.
+
+    At budgets this small nearly every true score is 0, and without a difference nothing is learned:
+    no weight would move, and a sync that does nothing would pass.
+    """
+    grade = rollout.make_grader(verifier, tokenizer, protocol)
+
+    def by_parity(r, summary):
+        grade(r, summary)
+        score = Future()
+        score.set_result(sum(summary.tokens) % 2)
+        return score
+
+    return by_parity
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -131,7 +153,7 @@ class Verdicts:
         self.add(f"memory: a row of {tokens} tokens, and the sampler", used, 0.9 * total, " GiB")
 
 
-# ------------------------------------------------------ two ways to compute the same, on this device
+# ----------------------------------------------------- two ways to compute the same, on this device
 
 
 def example(vocabulary: int) -> Tree:

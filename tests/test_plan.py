@@ -1,4 +1,4 @@
-"""The planned memory: against arithmetic, against a real process, and what it says when it is short.
+"""The planned memory: against arithmetic, against real processes; what it says when short.
 
 Run as a script (by the test below), this file is the real process.
 """

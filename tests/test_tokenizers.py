@@ -12,8 +12,9 @@ from rollout import ANSWER_HEADER, CUT_TEXT, Protocol
 R1_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
              "<think>", "</think>")
 R1_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
-    "{% else %}{{ '<｜Assistant｜>' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}{% else %}"
+    "{{ '<｜Assistant｜>' + m['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
 TEXTS = ["Find $x$ if $2x + 3 = 11$.", "What is \\frac{1}{2} of 60%? Round to 1.5 {units}.",
@@ -61,10 +62,10 @@ def questions(tokenizer):
 
 
 def test_prompts_are_their_text_once(tokenizer):
-    """The chat template's special tokens are single tokens, none is doubled, and <think> is opened."""
+    """The chat template's special tokens are single tokens, none is doubled; <think> is opened."""
     for q in questions(tokenizer):
         rendered = tokenizer.decode(q.prompt, skip_special_tokens=False)
-        assert rendered.endswith("<think>\n") and q.text in rendered
+        assert rendered.rstrip("\n").endswith("<think>") and q.text in rendered
         ids = list(q.prompt)
         assert ids == encode(tokenizer, rendered), "the text does not tokenise back to its tokens"
         assert ids.count(encode(tokenizer, "<think>")[0]) == 1
@@ -99,7 +100,8 @@ def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert Protocol.of(again, 128) == Protocol.of(tokenizer, 128)
-    assert [q.prompt for q in questions(again)[:20]] == [q.prompt for q in questions(tokenizer)[:20]]
+    for q, p in zip(questions(tokenizer)[:20], questions(again)[:20]):
+        assert q.prompt == p.prompt
 
 
 def test_end_of_text_and_think_end_are_told_apart(tokenizer):
