@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BASELINES = ("brpo", "progress", "group", "none")
+BASELINES = ("brpo", "progress", "group", "none", "loo", "fitted")
 Numbers = Sequence[float] | Tensor
 
 
@@ -65,6 +65,52 @@ def brpo_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Num
     return share * own + (1 - share) * group
 
 
+def leave_one_out_baseline(returns: Tensor) -> Tensor:
+    """V2 without the rollout itself: what its G - 1 siblings earn from segment j on.
+
+        V2'_j = (1/(G-1)) Σ_{g' ≠ g} R_j^{(g')}        R - V2' = (R - V2) G/(G-1)
+
+    Not in the paper: as an advantage it is GRPO's times a constant, but as a predictor it is honest
+    (V2 holds a G-th of what it predicts, and looks better for it). [B, G, M] -> [B, G, M].
+    """
+    return (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
+
+
+def fitted_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
+                    decay: float = 0.5, thinking_lengths: Tensor | None = None,
+                    ridge: float = 0.01) -> Tensor:
+    """BRPO with its weights measured instead of fixed: R_j regressed on (1, V1_j, V2'_j).
+
+        V_j = x_j · β_j^{(b)}        x_j = (1, V1_j, V2'_j)
+        β_j^{(b)} = argmin_β  Σ_{b' ≠ b} Σ_g [ |z| > b_{j-1} ] (R_j - x_j · β)² + ridge |β - β⁰|²
+
+    Not in the paper. β of question b is fitted on the *other* questions of the step, and x_j knows
+    of its own rollout only what lies before segment j: so V_j does not depend on what it is
+    subtracted from, and the gradient stays unbiased. β⁰ = (0, 0, 1) is the leave-one-out mean,
+    where the fit stays when the others say nothing (one question, or no trace that long).
+    thinking_lengths [B, G]: fit on rollouts with tokens in the segment only. -> [B, G, M].
+    """
+    v1, v2 = progress_baseline(rewards, probs, decay), leave_one_out_baseline(returns)
+    x = torch.stack([torch.ones_like(v1), v1, v2], -1).double()             # [B, G, M, 3]
+    error = (returns - v2).double()                                         # what β⁰ leaves over
+    fit = x * has_tokens(returns, budgets, thinking_lengths)[..., None]
+    gram = torch.einsum("bgmi,bgmk->bmik", fit, x)                          # of each question
+    right = torch.einsum("bgmi,bgm->bmi", fit, error)
+    gram, right = gram.sum(0) - gram, right.sum(0) - right                  # of all the others
+    beta = torch.linalg.solve(gram + ridge * torch.eye(3).to(gram), right)  # [B, M, 3], β - β⁰
+    return v2 + torch.einsum("bgmi,bmi->bgm", x, beta).to(v2)
+
+
+def has_tokens(like: Tensor, budgets: Numbers, thinking_lengths: Tensor | None) -> Tensor:
+    """[ |z| > b_{j-1} ], bool [B, G, M]: true where a rollout has thinking tokens in segment j.
+
+    Without lengths [B, G], everywhere.
+    """
+    if thinking_lengths is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    return thinking_lengths[..., None].to(like.device) > segment_starts(budgets).to(like.device)
+
+
 def segment_starts(budgets: Numbers) -> Tensor:
     """b_0 .. b_{M-1}, with b_0 = 0: the thinking tokens before each segment. [M]."""
     budgets = torch.as_tensor(budgets)
@@ -72,12 +118,14 @@ def segment_starts(budgets: Numbers) -> Tensor:
 
 
 def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                      baseline: str = "brpo", decay: float = 0.5) -> Tensor:
-    """The baseline by name, as in the paper's ablations. -> [B, G, M].
+                      baseline: str = "brpo", decay: float = 0.5,
+                      thinking_lengths: Tensor | None = None) -> Tensor:
+    """The baseline by name, as in the paper's ablations; and two of our own. -> [B, G, M].
 
         brpo  V        progress  V1        group  V2        none  0
+        loo   V2'      fitted    V with fitted weights, over `thinking_lengths` [B, G]
     """
-    if baseline in ("brpo", "group") and returns.shape[1] < 2:
+    if baseline in ("brpo", "group", "loo", "fitted") and returns.shape[1] < 2:
         raise ValueError(f"baseline {baseline!r} compares rollouts of one question and needs "
                          f"G >= 2, got G = {returns.shape[1]}: raise num_rollouts, or use progress")
     if baseline == "brpo":
@@ -88,11 +136,16 @@ def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs:
         return group_baseline(returns)
     if baseline == "none":
         return torch.zeros_like(returns)
+    if baseline == "loo":
+        return leave_one_out_baseline(returns)
+    if baseline == "fitted":
+        return fitted_baseline(rewards, returns, budgets, probs, decay, thinking_lengths)
     raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(BASELINES)}")
 
 
 def thinking_advantages(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                        baseline: str = "brpo", decay: float = 0.5) -> Tensor:
+                        baseline: str = "brpo", decay: float = 0.5,
+                        thinking_lengths: Tensor | None = None) -> Tensor:
     """The advantage of every thinking token in segment j.
 
         A_j = R_j - V_j
@@ -100,7 +153,8 @@ def thinking_advantages(rewards: Tensor, returns: Tensor, budgets: Numbers, prob
     Divided neither by the group's standard deviation nor by the sequence's length: both bias the
     gradient (Dr. GRPO). [B, G, M] -> [B, G, M].
     """
-    return returns - thinking_baseline(rewards, returns, budgets, probs, baseline, decay)
+    return returns - thinking_baseline(rewards, returns, budgets, probs, baseline, decay,
+                                       thinking_lengths)
 
 
 def token_advantages(advantages: Tensor, budgets: Numbers, num_tokens: int) -> Tensor:
@@ -205,23 +259,26 @@ def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Numbers, pro
 
         residual_j = Var[R_j - V_j] / Var[R_j]        correlation_j = Corr[V_j, R_j]
 
-    for V in progress (V1), group (V2) and brpo (V), over all B·G rollouts, per segment. With
+    for V in progress (V1), group (V2) and brpo (V), and our own loo (V2') and fitted where G > 1,
+    over all B·G rollouts, per segment. With
     `thinking_lengths` [B, G], over the rollouts with tokens in segment j only: the others have
     nothing to train there. Returns {"residual/brpo": [M], "correlation/brpo": [M], ...}; nan where
     R_j does not vary.
     """
-    has_tokens = torch.ones_like(returns, dtype=torch.bool)
-    if thinking_lengths is not None:
-        has_tokens = thinking_lengths[..., None] > segment_starts(budgets)      # |z| > b_{j-1}
+    chosen = has_tokens(returns, budgets, thinking_lengths)
     # Not by name through thinking_baseline: a diagnostic need not refuse G = 1.
     baselines = {"progress": progress_baseline(rewards, probs, decay),
                  "group": group_baseline(returns),
                  "brpo": brpo_baseline(rewards, returns, budgets, probs, decay)}
+    if returns.shape[1] > 1:
+        baselines["loo"] = leave_one_out_baseline(returns)
+        baselines["fitted"] = fitted_baseline(rewards, returns, budgets, probs, decay,
+                                              thinking_lengths)
     out = {}
     for name, value in baselines.items():
         columns = []
         for j in range(returns.shape[-1]):
-            at_j = has_tokens[..., j]
+            at_j = chosen[..., j]
             columns.append((returns[..., j][at_j].double(), value[..., j][at_j].double()))
         out[f"residual/{name}"] = torch.stack([_variance(r - v) / _variance(r) for r, v in columns])
         out[f"correlation/{name}"] = torch.stack([_correlation(r, v) for r, v in columns])

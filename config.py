@@ -5,6 +5,8 @@ over its experiment, an experiment over its preset. Nothing here imports torch: 
 flags is answered in a second.
 """
 
+import os
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -38,12 +40,15 @@ class Method:
     num_summaries: int = 4              # A, summaries per budget.
     # Train the summaries of all cuts (decoupled, uniform prior), or of the last budget (GRPO).
     train_summaries: Literal["all", "last"] = "all"
-    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none.
-    baseline: Literal["brpo", "progress", "group", "none"] = "brpo"
+    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none; and not in the
+    # paper: loo (V2 without the rollout itself), fitted (the mixture's weights by regression).
+    baseline: Literal["brpo", "progress", "group", "none", "loo", "fitted"] = "brpo"
     decay: float = 0.5                  # λ of V1: how fast a rollout's older rewards are forgotten.
     temperature: float = 1.0            # Sampling temperature; log-probs are taken at the same one.
-    max_summary_tokens: int = 10        # Of one summary, appended text included.
-    # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) max_summary_tokens.
+    max_summary_tokens: int = 7         # Generated tokens of one summary, whatever was appended.
+    max_appended_tokens: int = 3        # Room for the text appended before a summary.
+    # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) times the sum of the
+    # two above.
     max_response_length: int = 0
     # A summary token weighs as much as a thinking token (sum: the authors), or 1/(M·A) (mean).
     summary_loss: Literal["sum", "mean"] = "mean"
@@ -79,7 +84,13 @@ class ModelAndData:
     question_field: str = "problem"     # Column of the question in files.
     answer_field: str = "answer"        # Column of the ground truth in files.
     prompt_template: str = "{question}"  # The user message.
+    system_prompt: str = ""             # The system message; "": none of ours.
+    # Arguments of the model's chat template, as name=value (Qwen3: enable_thinking=true).
+    chat_template_args: tuple[str, ...] = ()
     max_prompt_tokens: int = 12         # Longer prompts are dropped, with a count.
+    # "math" (the verifier), or module:function(summary, ground_truth, question) -> float in [0, 1].
+    reward: str = "math"
+    reward_timeout: float = 10.0        # Seconds for one call of that function.
 
 
 @dataclass(frozen=True)
@@ -101,9 +112,12 @@ class Run:
 
     seed: int = 0  # Decides the warm start, the order of questions and every sampled token.
     output_dir: str = ""                # Default: runs/<preset>-<experiment>-seed<seed>.
+    # Curves and the evaluation's figure beside metrics.jsonl, which is always written.
+    # (Not --log: torchrun takes that for one of its own.)
+    logger: Literal["none", "wandb", "tensorboard"] = "none"
     # auto: from the newest checkpoint in output_dir (or start, without one); or a checkpoint.
     resume: str = ""
-    save_every: int = 20                # Steps between checkpoints; 0: none.
+    save_every: int = 20                # Steps between checkpoints; 0: none, except on SIGTERM.
     keep_checkpoints: int = 2           # The newest ones are kept.
     # Steps between evaluations (besides those at step 0 and the end); 0: only those two.
     eval_every: int = 20
@@ -143,10 +157,21 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         return BudgetPrior(chosen, prior_probs("uniform", chosen)).budgets
 
     @property
+    def question_options(self) -> dict:
+        """How rows become questions: the keywords of data.load_questions."""
+        return {"need_ground_truth": self.reward == "math", "system_prompt": self.system_prompt,
+                "chat_template_args": self.chat_template_args}
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence in training or evaluation, the prompt included."""
         longest_thinking = max(self.budget_prior.budgets[-1], self.evaluation_budgets[-1])
-        return self.max_prompt_tokens + longest_thinking + self.max_summary_tokens
+        return self.max_prompt_tokens + longest_thinking + self.summary_room
+
+    @property
+    def summary_room(self) -> int:
+        """Tokens of one summary at most, the appended text included."""
+        return self.max_appended_tokens + self.max_summary_tokens
 
     @property
     def response_length(self) -> int:
@@ -154,7 +179,7 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         summaries."""
         budgets = self.budget_prior.budgets
         sequences = len(budgets) * self.num_summaries + 1
-        return self.max_response_length or budgets[-1] + sequences * self.max_summary_tokens
+        return self.max_response_length or budgets[-1] + sequences * self.summary_room
 
     @property
     def denominator(self) -> int:
@@ -171,21 +196,31 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
 
 
 PAPER_8K = {
-    "max_budget": 8000, "max_summary_tokens": 128, "summary_loss": "sum", "num_rollouts": 8,
+    # The authors set 10 tokens aside for the appended text (R1-Distill's has 5 or 8), of 128.
+    "max_budget": 8000, "max_summary_tokens": 118, "max_appended_tokens": 10,
+    "summary_loss": "sum", "num_rollouts": 8,
     "questions_per_step": 64, "updates_per_step": 2, "steps": 0, "epochs": 1,
     "lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.01,
     "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "train_data": "deepscaler",
-    "eval_data": ("aime2024", "amc2022", "math500", "minerva", "olympiadbench"),
+    # While training, the two small sets: 113 questions × 32 samples are 3616 traces, each of up to
+    # 8000 tokens and 32 summaries: at most 43M tokens, what 8 training steps sample.
+    "eval_data": ("paper/aime", "paper/amc"), "eval_samples": 32, "eval_every": 20,
     "prompt_template": "{question} Let's think step by step and output the final answer within "
                        "\\boxed{}.",
     "max_prompt_tokens": 1024, "engine": "vllm", "max_tokens_per_row": 32768, "kv_cache_gb": 24.0,
-    "verifier_workers": 4, "save_every": 40, "eval_every": 40, "num_eval_budgets": 32,
-    "eval_samples": 4, "eval_temperature": 0.6, "eval_questions": 0,
+    "verifier_workers": 4, "save_every": 40, "num_eval_budgets": 32,
+    "eval_temperature": 0.6, "eval_questions": 0,
 }
 # The longer run of the authors' repository: twice the budget, rollouts and questions.
 PAPER_16K = PAPER_8K | {"max_budget": 16000, "num_rollouts": 16, "questions_per_step": 128,
-                        "epochs": 3, "eval_samples": 2}
+                        "epochs": 3}
 PRESETS = {"miniature": {}, "paper-8k": PAPER_8K, "paper-16k": PAPER_16K}
+
+# What evaluate.py changes in a paper preset, for final tables: 1560 questions × 80 samples are
+# 124,800 traces; with 32 summaries each, at most 1.5G tokens at 8000 tokens of thinking, 2.5G at
+# 16,000. On AIME's 30 questions 80 samples leave the questions themselves as the main uncertainty.
+FINAL_TABLES = {"miniature": {}, **dict.fromkeys(
+    ("paper-8k", "paper-16k"), {"eval_data": ("paper",), "eval_samples": 80})}
 
 # The paper's comparison. GRPO is the same code with one budget, one summary and the group's mean.
 COLUMNS = ("num_budgets", "prior", "num_summaries", "train_summaries", "baseline")
@@ -205,16 +240,33 @@ def parse(args: list[str] | None = None) -> Config:
     """The resolved config of a command line. A wrong flag ends with a message and exit code 2."""
     import tyro
 
+    refuse_empty(args)
     # Twice: preset and experiment decide what all the other flags default to.
-    kind, _ = tyro.cli(Kind, args=args, add_help=False, return_unknown_args=True)
+    first = os.environ.get("RANK", "0") == "0"      # one message, not one from every process
+    kind, _ = tyro.cli(Kind, args=args, add_help=False, return_unknown_args=True,
+                       console_outputs=first)
     base = Config(**{**vars(kind), **PRESETS[kind.preset], **EXPERIMENTS[kind.experiment]})
     parts = tyro.cli(tyro.conf.OmitArgPrefixes[Parts], args=args, default=Parts(**{
         name: part(**{f.name: getattr(base, f.name) for f in fields(part)})
-        for name, part in PARTS.items()}))
+        for name, part in PARTS.items()}), console_outputs=first)
     flags = {k: v for part in vars(parts).values() for k, v in vars(part).items()}
     config = Config(**flags)
     default = f"runs/{config.preset}-{config.experiment}-seed{config.seed}"
     return replace(config, output_dir=config.output_dir or default)
+
+
+def refuse_empty(args: list[str] | None):
+    """A flag for a list without a value would mean its default, which nobody wants who types it."""
+    args = sys.argv[1:] if args is None else args
+    for given, following in zip(args, [*args[1:], "--"]):
+        if given.replace("_", "-") in LISTS and following.startswith("--"):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {given} has no value: give it one or more, or leave it out",
+                      file=sys.stderr)
+            sys.exit(2)
+
+
+LISTS = ("--budgets", "--probs", "--eval-budgets", "--eval-data", "--data")
 
 
 @dataclass(frozen=True)
@@ -229,24 +281,39 @@ class Parts:
     run: Run
 
 
+# name: (lowest, highest) value, both allowed; of tuples, each entry's. Counts stay below 2^31,
+# where the random keys of evaluation begin; the other upper bounds only catch slips and infinity.
+TINY, MANY = 5e-324, 2**31 - 1
+RANGES = {
+    **dict.fromkeys(("max_budget", "num_budgets", "budgets", "num_rollouts", "num_summaries",
+                     "questions_per_step", "updates_per_step", "max_summary_tokens",
+                     "max_prompt_tokens", "num_eval_budgets", "eval_budgets", "eval_samples",
+                     "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints",
+                     "verifier_workers"), (1, MANY)),
+    **dict.fromkeys(("steps", "epochs", "save_every", "eval_every", "eval_questions",
+                     "max_appended_tokens", "max_response_length"), (0, MANY)),
+    "seed": (0, 2**63 - 1), "probs": (0, 1), "decay": (TINY, 1), "lr": (TINY, 1),
+    "betas": (0, 1 - 1e-9), "weight_decay": (0, 1), "clip": (TINY, 1e3), "sampler_cap": (0, 1e6),
+    "max_grad_norm": (TINY, 1e9), "temperature": (TINY, 100), "eval_temperature": (0, 100),
+    "kv_cache_gb": (TINY, 1e5), "reward_timeout": (TINY, 1e5),
+}
+
+
 def check(config: Config, world_size: int = 1) -> None:
     """Everything that flags alone can get wrong; ValueError names the flag and the fix."""
     c = config
-    for name in ("num_rollouts", "num_summaries", "questions_per_step", "updates_per_step",
-                 "max_prompt_tokens", "num_eval_budgets", "eval_samples", "tensor_parallel_size",
-                 "max_tokens_per_row", "keep_checkpoints", "verifier_workers"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "temperature", "clip", "max_grad_norm", "kv_cache_gb"):
-        if not getattr(c, name) > 0:
-            raise ValueError(f"{flag(name)} {getattr(c, name)}: must be above 0")
-    for name in ("steps", "epochs", "save_every", "eval_every", "eval_questions", "seed",
-                 "sampler_cap", "eval_temperature", "max_response_length"):
-        if getattr(c, name) < 0:
-            raise ValueError(f"{flag(name)} {getattr(c, name)}: cannot be negative")
-    if not 0 < c.decay <= 1:
-        raise ValueError(f"--decay {c.decay}: λ lies in (0, 1]")
-    if c.num_rollouts < 2 and c.baseline in ("brpo", "group"):
+    for name, (lowest, highest) in RANGES.items():
+        values = getattr(c, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value < lowest:
+                must = {0: "cannot be negative", TINY: "must be above 0"}
+                raise ValueError(f"{flag(name)} {value}: "
+                                 + must.get(lowest, f"must be at least {lowest}"))
+            if not value <= highest:        # nan too
+                raise ValueError(f"{flag(name)} {value}: must be at most {highest:g}")
+    if not c.eval_data:
+        raise ValueError("--eval-data: name at least one file or set")
+    if c.num_rollouts < 2 and c.baseline in ("brpo", "group", "loo", "fitted"):
         raise ValueError(f"--baseline {c.baseline} compares rollouts of one question: "
                          f"--num-rollouts must be at least 2, not {c.num_rollouts}")
     if c.num_rollouts < 2 and c.num_summaries == 1:

@@ -8,18 +8,22 @@ An engine is anything with
     sync_weights(weights, version), version      take over the trainer's weights
     close()
 
-PlainEngine finishes everything queued within one step(); VllmEngine (one in-process vLLM in every
+PlainEngine finishes everything queued within one step() (unless told to stop at each token, for
+evaluate.py --ask); VllmEngine (one in-process vLLM in every
 training process) samples one token of each running request per step(). Both sample a request from
 its own seed, so its tokens depend neither on what else is in the batch nor on the number of
 processes.
 """
 
 import importlib.util
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
 
 @dataclass(frozen=True)
@@ -67,53 +71,82 @@ class PlainEngine:
     """Batched sampling with a KV cache. Its own copy of the model, in `dtype` on `device`."""
 
     def __init__(self, model_path: str, device: str | torch.device = "cpu",
-                 dtype: torch.dtype = torch.float32, max_batch: int = 1024):
+                 dtype: torch.dtype = torch.float32, max_batch: int = 1024,
+                 max_batch_tokens: int = 2**17):
+        """`max_batch_tokens`: of one batch, every sequence at its longest; bounds the KV cache
+        (2**17 tokens of a 1.5B Qwen2 in bfloat16: 3.8 GB, twice that while it is copied)."""
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype,
-                                                          attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         self.model.to(device).eval().requires_grad_(False)
-        self.device, self.max_batch = device, max_batch
+        self.device, self.max_batch, self.max_batch_tokens = device, max_batch, max_batch_tokens
         self.waiting: list[Request] = []
+        self.running: list = []             # batches begun, where one_token_steps
+        # True: step() samples one token of each running batch, for who wants to watch.
+        self.one_token_steps = False
         self.version = 0
 
     def add(self, request: Request):
         self.waiting.append(request)
 
     def has_work(self) -> bool:
-        return bool(self.waiting)
+        return bool(self.waiting or self.running)
 
     def step(self) -> list[Output]:
         """Sample all that waits to its end, in batches of like prompt lengths (less padding)."""
         waiting, self.waiting = sorted(self.waiting, key=lambda r: (len(r.prompt), r.id)), []
-        done = []
-        for i in range(0, len(waiting), self.max_batch):
-            done += self._generate(waiting[i:i + self.max_batch])
-        return done
+        batches = [self._generate(batch) for batch in self._batches(waiting)]
+        if self.one_token_steps:
+            self.running += batches
+            new = [(batch, next(batch, None)) for batch in self.running]
+            self.running = [batch for batch, outputs in new if outputs is not None]
+            return [out for _, outputs in new for out in outputs or []]
+        whole: dict[str, Output] = {}
+        for batch in batches:
+            for out in (out for outputs in batch for out in outputs):
+                made = whole.setdefault(out.id, Output(out.id, [], [], True))
+                made.tokens += out.tokens
+                made.logp += out.logp
+        return list(whole.values())
+
+    def _batches(self, waiting: list[Request]) -> Iterator[list[Request]]:
+        """Cut where a batch has max_batch requests, or would grow over max_batch_tokens."""
+        batch, longest = [], 0
+        for r in waiting:
+            longest = max(longest, len(r.prompt) + r.max_tokens)
+            too_long = (len(batch) + 1) * longest > self.max_batch_tokens
+            if batch and (too_long or len(batch) == self.max_batch):
+                yield batch
+                batch, longest = [], len(r.prompt) + r.max_tokens
+            batch.append(r)
+        if batch:
+            yield batch
 
     @torch.inference_mode()
-    def _generate(self, batch: list[Request]) -> list[Output]:
+    def _generate(self, batch: list[Request]) -> Iterator[list[Output]]:
+        """The new token of every running request, position by position."""
         logits, cache, seen, position = self._prefill(batch)
         # One uniform number per token, drawn ahead from the request's own seed: what else is in the
         # batch cannot matter.
         longest = max(r.max_tokens for r in batch)
         uniform = torch.stack([uniforms(r.seed, longest) for r in batch]).to(self.device)
         temperature = torch.tensor([[r.temperature] for r in batch], device=self.device)
-        outputs = [Output(r.id, [], [], True) for r in batch]
         stop = [set(r.stop) for r in batch]
         alive = list(range(len(batch)))             # batch rows still in the tensors, in order
         for t in range(longest):
             tokens, logp = sample_tokens(logits, temperature, uniform[:, t])
-            running = []
+            running, new = [], []
             for row, (i, token, value) in enumerate(zip(alive, tokens.tolist(), logp.tolist())):
                 if i < 0:
                     continue                        # finished earlier, not yet removed
-                outputs[i].tokens.append(token)
-                outputs[i].logp.append(value)
-                if token in stop[i] or len(outputs[i].tokens) >= batch[i].max_tokens:
+                over = token in stop[i] or t + 1 >= batch[i].max_tokens
+                new.append(Output(batch[i].id, [token], [value], over))
+                if over:
                     alive[row] = -1
                 else:
                     running.append(row)
+            yield new
             if not running:
                 break
             if len(running) < 0.75 * len(alive):    # copying the cache costs: not at every token
@@ -127,7 +160,6 @@ class PlainEngine:
             out = self.model(input_ids=tokens[:, None], attention_mask=seen, position_ids=position,
                              past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]
-        return outputs
 
     def _prefill(self, batch: list[Request]):
         """(next-token logits, KV cache, attention mask, last position), one row per request."""
@@ -211,6 +243,8 @@ class VllmEngine:
         # background process would be out of our reach (and vLLM refuses it under torchrun).
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")
+        # At every sync, of a layer that has tables and no weights.
+        logging.getLogger(RELOAD_LOGGER).addFilter(lambda r: "RotaryEmb" not in r.getMessage())
         from transformers import AutoConfig, AutoModelForCausalLM
         from vllm import EngineArgs, LLMEngine
 
@@ -232,7 +266,8 @@ class VllmEngine:
             seed=torch.distributed.get_rank() // tensor_parallel_size,
             **({} if on_gpu else on_cpu)))
         with torch.device("meta"):      # names only: no memory, no numbers
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         self.names = set(model.state_dict())
         self.version = 0
 

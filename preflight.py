@@ -61,6 +61,8 @@ def main(args: list[str]) -> bool:
     train.make_grader = chance_grader
     train.train(c)
     first, second = metrics_of(out)
+    if distributed.rank() == 0:     # kept rollouts would be trained on again, not sampled again
+        shutil.rmtree(out / "rollouts", ignore_errors=True)
     train.train(replace(c, resume=str(out / "checkpoints" / "step-00000001")))
     _, again = metrics_of(out)
 
@@ -194,4 +196,4 @@ def flex_against_dense(model, device) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(not main(sys.argv[1:]))
+    distributed.main(lambda: sys.exit(not main(sys.argv[1:])))

@@ -23,6 +23,7 @@ from brpo import token_advantages
 from budgets import cut_lengths
 from engines import Output, Request
 from packing import Branch, Tree
+from reward_function import RewardFunction
 from rewards import answer_paragraph, has_one_think_end
 
 THINK_END = "</think>"
@@ -38,14 +39,15 @@ class Protocol:
     eos: tuple[int, ...]
     cut_text: tuple[int, ...]
     answer_header: tuple[int, ...]
-    max_summary_tokens: int     # appended text included
+    max_summary_tokens: int     # generated ones; the appended text comes on top
 
     @classmethod
-    def of(cls, tokenizer, max_summary_tokens: int = 128, eos: Iterable[int] = ()) -> "Protocol":
+    def of(cls, tokenizer, max_summary_tokens: int = 118, eos: Iterable[int] = (),
+           max_appended_tokens: int = 10) -> "Protocol":
         """`eos`: further end-of-text ids (a model's generation config may list several).
 
-        Raises ValueError when the tokenizer has no one-token </think>: traces are stopped and
-        counted at that token.
+        Raises ValueError when the tokenizer has no one-token </think> (traces are stopped and
+        counted at that token), or needs more than `max_appended_tokens` for the appended text.
         """
         def encode(text):
             return tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -60,9 +62,9 @@ class Protocol:
         made = cls(think_end[0], tuple(sorted({tokenizer.eos_token_id, *eos})), encode(CUT_TEXT),
                    encode(ANSWER_HEADER), max_summary_tokens)
         longest = len(made.cut_text) + len(made.answer_header)
-        if longest >= max_summary_tokens:
-            raise ValueError(f"max_summary_tokens {max_summary_tokens} leaves no room for an "
-                             f"answer behind the {longest} appended tokens: raise it above {longest}")
+        if longest > max_appended_tokens:
+            raise ValueError(f"the tokenizer of {name} needs {longest} tokens for the text before "
+                             f"a summary: raise max_appended_tokens {max_appended_tokens}")
         return made
 
 
@@ -115,10 +117,7 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
     summarising: dict[str, tuple[Rollout, Summary]] = {}    # request id -> whose summary it is
 
     for r in rollouts:
-        key = (r.question.index, r.sample)
-        request = Request("-".join(map(str, key)), tuple(r.question.prompt), budgets[-1],
-                          (protocol.think_end, *protocol.eos), request_seed(*seed, *key),
-                          temperature, stream=True)
+        request = thinking_request(r, budgets[-1], protocol, temperature, seed)
         thinking[request.id] = r
         engine.add(request)
 
@@ -131,11 +130,7 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
                     r.summaries.append(s)
                     if r.finish == "eos" and s.cut == len(r.thinking):
                         continue    # the text is over, nothing can follow: its score stays 0
-                    key = (r.question.index, r.sample, s.budget_index, s.draw)
-                    request = Request("-".join(map(str, key)),
-                                      (*r.question.prompt, *r.thinking[:s.cut], *s.appended),
-                                      protocol.max_summary_tokens - len(s.appended), protocol.eos,
-                                      request_seed(*seed, *key), temperature)
+                    request = summary_request(r, s, protocol, temperature, seed)
                     summarising[request.id] = (r, s)
                     engine.add(request)
             else:
@@ -150,6 +145,24 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
             if s.verdict is not None:
                 s.score, s.verdict = float(s.verdict.result()), None
     return rollouts
+
+
+def thinking_request(r: Rollout, max_budget: int, protocol: Protocol, temperature: float,
+                     seed: tuple[int, ...]) -> Request:
+    """Ask for a trace: the prompt, then at most b_M tokens."""
+    key = (r.question.index, r.sample)
+    return Request("-".join(map(str, key)), tuple(r.question.prompt), max_budget,
+                   (protocol.think_end, *protocol.eos), request_seed(*seed, *key), temperature,
+                   stream=True)
+
+
+def summary_request(r: Rollout, s: Summary, protocol: Protocol, temperature: float,
+                    seed: tuple[int, ...]) -> Request:
+    """Ask for a summary: prompt, trace up to the cut, appended text; then the answer."""
+    key = (r.question.index, r.sample, s.budget_index, s.draw)
+    prompt = (*r.question.prompt, *r.thinking[:s.cut], *s.appended)
+    return Request("-".join(map(str, key)), prompt, protocol.max_summary_tokens, protocol.eos,
+                   request_seed(*seed, *key), temperature)
 
 
 def extend_thinking(r: Rollout, out: Output, protocol: Protocol):
@@ -194,9 +207,25 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
         appended, answer = decode(summary.appended), decode(summary.tokens)
         if not has_one_think_end(thinking, appended, answer, THINK_END):
             return None
-        return verifier.submit(answer_paragraph(answer), rollout.question.ground_truth)
+        question = rollout.question
+        if isinstance(verifier, RewardFunction):
+            return verifier.submit(answer, question.ground_truth, question.text)
+        return verifier.submit(answer_paragraph(answer), question.ground_truth)
 
     return grade
+
+
+def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
+    """A rollout as text: at each budget the thinking since the one before, and its first summary's
+    answer and score. As JSON in samples.jsonl, and on the terminal after training."""
+    cuts, start, draws = [], 0, len(rollout.summaries) // len(budgets)
+    for b, s in zip(budgets, rollout.summaries[::draws]):
+        cuts.append({"budget": b, "thinking": tokenizer.decode(rollout.thinking[start:s.cut]),
+                     "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
+                     "score": s.score})
+        start = s.cut
+    return {"question": rollout.question.text, "ground_truth": rollout.question.ground_truth,
+            "finish": rollout.finish, "cuts": cuts}
 
 
 def scores_of(rollouts: list[Rollout], num_rollouts: int, num_budgets: int,

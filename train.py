@@ -11,8 +11,9 @@
 
 The default run warm-starts a tiny model on arithmetic with wasteful thinking traces, then raises
 its accuracy at every budget. A run leaves in <output_dir>: config.json, metrics.jsonl (a line a
-step), eval.json, anytime_curve.png (before and after), model/ (Hugging Face layout), checkpoints/
-and rollouts/ (since the newest of them). config.py holds every constant.
+step), samples.jsonl (a few rollouts a step, as text), eval.json, anytime_curve.png (before and
+after), model/ (Hugging Face layout), checkpoints/ and rollouts/ (since the newest of them).
+config.py holds every constant.
 
 Departures from the paper, and from the authors' code where the two differ:
  1. The sampler correction min(exp(old - sampler), C) is on, C = 2; --sampler-cap 0 is the paper.
@@ -21,37 +22,48 @@ Departures from the paper, and from the authors' code where the two differ:
  4. Summaries that are not trained (GRPO's variants) are sampled and graded, but not in the update.
  5. A trace that ends in end-of-text scores 0 and is asked for no summary; the authors' code asks.
  6. Grading is by math-verify behind our own rules (verifier.py), not by string form and sympy.
- 7. A summary token weighs as much as a thinking token in the authors' code and in the paper
- presets;
-    in the miniature, whose traces are short, 1/(M·A) of it (--summary-loss mean).
+ 7. A summary token weighs as much as a thinking token in the authors' code and the paper presets,
+    but 1/(M·A) of it in the miniature, whose traces are short (--summary-loss mean).
  8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at
     the paper's 0.6.
  9. A blank line directly behind the answer header is forgiven: the authors' code grades the empty
     paragraph before it, and scores 0. Both grade the first paragraph only.
-10. The denominator's maximum response length is b_M + (M·A + 1) max_summary_tokens, from the run's
-    own M and A, so GRPO's is smaller; AdamW's steps do not depend on the loss's scale.
+10. The denominator's maximum response length is b_M + (M·A + 1) (max_summary_tokens +
+    max_appended_tokens), from the run's own M and A, so GRPO's is smaller. AdamW's step does not
+    depend on the loss's scale; what clipping the gradient does, depends on it.
+11. Rows whose ground truth is blank are dropped: no answer to them could ever score.
+12. The format rule is read from text: the authors' code counts one token id, and would let pass a
+    second </think> that the policy spells in several smaller tokens.
+13. The first update has the full learning rate: in the authors' run the schedule gives the whole
+    first step rate 0, so it moves nothing.
+14. The updates of a step are split strictly by question: the authors' mix a few percent of the
+    second half's questions into the first.
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
 import brpo
 import checkpoint
 import distributed
 import miniature
+import rundir
 from config import Config, batch_arithmetic, check, parse
-from data import load_questions, open_tokenizer, questions_of_step
+from data import digest_of, load_questions, questions_of_step, set_names
 from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
-from metrics import Clock, log, report
+from metrics import Clock, Logger, first_comparable, log, report, require_logger, say
+from models import check_attention, model_digest, open_tokenizer
 from packing import Tree, balance, pack
+from reward_function import make_verifier, require_reward
 from rewards import cumulative_returns, mean_rewards
 from rollout import Protocol, cuts_of, make_grader, sample_rollouts, scores_of, to_tree
-from verifier import Verifier
 
 NOTHING = Tree([0], [], [])     # a row without loss, for a process that has one row fewer
 
@@ -59,27 +71,27 @@ NOTHING = Tree([0], [], [])     # a row without loss, for a process that has one
 def train(c: Config):
     with distributed.exit_on_bad_input():
         run = prepare(c)
-    device = distributed.start()
-    engine, model, optimizer = load(c, run, device)
-    prior, rank, world = c.budget_prior, distributed.rank(), distributed.world_size()
+        engine, model, optimizer = load(c, run)
+    device, prior = run.device, c.budget_prior
+    rank, world = distributed.rank(), distributed.world_size()
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
-    verifier = Verifier(c.verifier_workers)
+    verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
-    # On a GPU only a few row lengths: FlexAttention needs multiples of 128.
-    multiple = max(128, c.max_tokens_per_row // 4 // 128 * 128) if device.type == "cuda" else 1
+    multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
-               disable=rank > 0)
+               disable=rank > 0 or None)        # None: no bar where stderr is no terminal
+    distributed.note_sigterm()
 
     for step in range(run.first_step, run.steps + 1):
         # the anytime curve so far, at step 0 and the end too; and a checkpoint
-        if step in (0, run.steps) or (c.eval_every and step % c.eval_every == 0):
+        stopping = distributed.asked_to_stop()
+        if not stopping and (step in (0, run.steps) or is_due(step, c.eval_every)):
             evaluate_and_draw(c, run, engine, verifier, step)
-        if step > run.first_step and c.save_every and (step % c.save_every == 0
-                                                       or step == run.steps):
-            checkpoint.save_checkpoint(run.dir, step, run.identity, model, optimizer,
-                                       c.keep_checkpoints)
-            checkpoint.drop_rollouts(run.dir, before=step)
-        if step == run.steps:
+        if step > run.first_step and (stopping or is_due(step, c.save_every)
+                                      or (c.save_every and step == run.steps)):
+            checkpoint.save_checkpoint(run.dir, step, run.identity, run.trajectory, model,
+                                       optimizer, c.keep_checkpoints)
+        if stopping or step == run.steps:
             break
         clock = Clock()
 
@@ -92,8 +104,9 @@ def train(c: Config):
         scores = scores_of(rollouts, G, M, A)                                       # [B, G, M, A]
         rewards = mean_rewards(scores)                                              # [B, G, M]
         returns = cumulative_returns(rewards, prior.probs)                          # [B, G, M]
+        lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(-1, G)  # [B, G]
         thinking_advantages = brpo.thinking_advantages(
-            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay)      # [B, G, M]
+            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay, lengths)  # [B, G, M]
         summary_advantages = c.summary_weight * brpo.summary_advantages(
             scores, cuts_of(rollouts, G, prior.budgets))                            # [B, G, M, A]
 
@@ -108,18 +121,20 @@ def train(c: Config):
             updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
                             for row in plan])
 
-        # log-probs under the weights that sampled, from the trainer itself, in the update's own
-        # rows
+        # log-probs under the weights that sampled, by the trainer itself, in the update's rows; the
+        # first update still has these weights and takes its own
         with clock("old_logp"), torch.no_grad():
-            old_logps = [[model.token_logprobs(row, c.temperature) for row in rows]
-                         for rows in updates]
+            old_logps = [[None] * len(updates[0])]
+            old_logps += [[model.token_logprobs(row, c.temperature) for row in rows]
+                          for rows in updates[1:]]
 
-        stats, grad_norms = [], []
+        stats, grad_norms, applied = [], [], []
         with clock("update"):
             for rows, old in zip(updates, old_logps):
                 for i, (row, old_logp) in enumerate(zip(rows, old)):
                     distributed.accumulate(model, last=i == len(rows) - 1)
                     logp = model.token_logprobs(row, c.temperature)
+                    old_logp = logp.detach() if old_logp is None else old_logp
                     weight = brpo.sampler_weight(old_logp, row.sampler_logp, c.sampler_cap)
                     loss, sums = brpo.policy_loss(logp, old_logp, row.advantages, row.trained,
                                                   c.denominator, c.clip, weight)
@@ -128,18 +143,26 @@ def train(c: Config):
                     gap = brpo.sampler_gap(old_logp, row.sampler_logp, row.trained)
                     stats.append({"loss": loss.detach(), **sums, **gap})
                 grad_norms.append(distributed.clip_gradients(model, c.max_grad_norm))
-                optimizer.step()
+                applied.append(distributed.all_finite(grad_norms[-1], stats[-len(rows):]))
+                if applied[-1]:     # one nan would stay in the weights for good
+                    optimizer.step()
                 optimizer.zero_grad()
 
         with clock("sync"):
             engine.sync_weights(distributed.full_weights(model), version=step + 1)
 
-        log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, clock)
+        log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, applied,
+            clock)
 
     bar.close()
-    checkpoint.save_model(model, run.tokenizer, run.dir / "model")
+    run.logger.close()
+    if not stopping:
+        checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
     engine.close()
+    run.leave()
+    if stopping:
+        distributed.exit_stopped(step)
     if rank == 0:
         report(c, run.dir, run.history)
     distributed.stop()
@@ -153,6 +176,8 @@ class Run:
     """What `prepare` found out before any weight was loaded."""
 
     dir: Path
+    lock: object                # the directory is this run's while this file is open
+    device: torch.device
     tokenizer: object
     protocol: Protocol
     questions: list
@@ -160,8 +185,17 @@ class Run:
     steps: int
     checkpoint: Path | None
     first_step: int
-    identity: dict              # every setting that changes the numbers; checkpoints must agree
+    trajectory: str             # digest of the identity and of all rollouts trained on so far
+    identity: dict              # all that changes the numbers; checkpoints must agree
+    evaluation: dict            # all that changes an evaluation; only like ones are compared
     history: list = field(default_factory=list)     # evaluations so far
+    logger: Logger | None = None
+    skipped: int = 0            # updates skipped in a row
+
+    def leave(self):
+        """Let go of the directory; only the first process holds it."""
+        if self.lock:
+            self.lock.close()
 
 
 def prepare(c: Config) -> Run:
@@ -173,52 +207,62 @@ def prepare(c: Config) -> Run:
     check(c, world)
     distributed.check_machine(c.preset)
     require_engine(c.engine)
+    require_reward(c.reward)
+    require_logger(c.logger)
+    device, directory = distributed.start(), Path(c.output_dir)
+    lock = rundir.enter(directory, c.resume)
 
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
     free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs",
             "verifier_workers", "kv_cache_gb", "tensor_parallel_size", "max_tokens_per_row",
-            "num_eval_budgets"}
+            "num_eval_budgets", "reward_timeout", "logger"}
     settings = json.loads(json.dumps(asdict(c)))
     identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
-    newest, first_step = checkpoint.find(Path(c.output_dir), c.resume, identity)
 
     tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
-    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos)
+    check_attention(c.model)
+    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
     how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
-    questions, report = load_questions(c.train_data, *how)
+    questions, report = load_questions(c.train_data, *how, **c.question_options)
     reports, eval_sets = [report], {}
-    for name in c.eval_data:
-        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions)
+    for name in set_names(c.eval_data):
+        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions,
+                                                 **c.question_options)
         reports.append(report)
     if len(questions) < c.questions_per_step:
         raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than "
                          f"--questions-per-step {c.questions_per_step}: lower it")
+    identity |= {"data": digest_of(questions), "model_files": model_digest(c.model)}
+    newest, first_step, trajectory = checkpoint.find(directory, c.resume, identity)
+    evaluation = {"budgets": list(c.evaluation_budgets), "samples": c.eval_samples,
+                  "temperature": c.eval_temperature, "seed": c.seed,
+                  "data": {name: digest_of(questions) for name, questions in eval_sets.items()}}
     steps = c.steps or c.epochs * (len(questions) // c.questions_per_step)
     if steps < first_step:
         raise ValueError(f"{newest} is at step {first_step}, beyond --steps {steps}: raise it")
     if distributed.rank() == 0:
         print(batch_arithmetic(c, world), *(f"  {line}" for line in reports), sep="\n")
         print(f"  {steps} steps from {first_step}" + (f" (resuming {newest})" if newest else ""))
-    return Run(Path(c.output_dir), tokenizer, protocol, questions, eval_sets, steps, newest,
-               first_step, identity)
+    return Run(directory, lock, device, tokenizer, protocol, questions, eval_sets, steps, newest,
+               first_step, trajectory, identity, evaluation)
 
 
-def load(c: Config, run: Run, device):
+def load(c: Config, run: Run):
     """Engine, model and optimizer at the first step. The engine first: it takes its memory before
     training does."""
+    device = run.device
     if distributed.rank() == 0:
-        checkpoint.begin_files(run.dir, asdict(c), run.first_step, bool(run.checkpoint))
+        run.history = rundir.begin(run.dir, run.checkpoint, run.first_step)
         if c.model == "miniature":
             miniature.load_or_write_base(Path("runs"), c.seed)
-    distributed.barrier()
-    evaluations = (run.dir / "evals.jsonl").read_text().splitlines()
-    run.history = [json.loads(line) for line in evaluations]
+    run.history = distributed.broadcast(run.history)
+    run.logger = Logger(c.logger, run.dir, asdict(c))
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()       # a log file is no place for bars
 
     path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
     if device.type == "cpu":
-        # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine.
-        # Before the engine: once vLLM runs on a CPU, this call does nothing.
-        torch.set_num_threads(1)
+        distributed.limit_threads(path)     # before the engine: once vLLM runs it does nothing
     engine = make_engine(c.engine, path, device, c.longest_sequence, c.tensor_parallel_size,
                          c.kv_cache_gb)
     torch.manual_seed(c.seed)       # after the engine, whose start reseeds; nothing below draws
@@ -228,6 +272,8 @@ def load(c: Config, run: Run, device):
     if run.checkpoint:
         checkpoint.load_checkpoint(run.checkpoint, model, optimizer)
         engine.sync_weights(distributed.full_weights(model), version=run.first_step)
+    if distributed.rank() == 0:     # last: with it the directory holds a run, which --resume wants
+        rundir.write(run.dir / "config.json", json.dumps(asdict(c), indent=1))
     return engine, model, optimizer
 
 
@@ -237,8 +283,10 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
     From here on every process holds the whole batch and computes the same advantages and metrics.
     """
     questions = questions_of_step(run.questions, step, c.questions_per_step, c.seed)
-    path = run.dir / "rollouts" / f"step-{step:08d}.pkl"
-    rollouts = checkpoint.load_rollouts(path, run.identity)     # sampled before an interruption?
+    path = run.dir / "rollouts" / f"step-{step:08d}.json"
+    rollouts, trajectory = checkpoint.load_rollouts(       # sampled before an interruption?
+        path, run.trajectory, questions, c.num_rollouts,
+        len(c.budget_prior.budgets) * c.num_summaries)
     if rollouts is None:
         mine = distributed.share(questions, c.tensor_parallel_size)
         rollouts = sample_rollouts(engine, mine, c.budget_prior.budgets, c.num_rollouts,
@@ -247,30 +295,39 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
         rollouts = distributed.gather(rollouts, c.tensor_parallel_size)
         place = {q.index: i for i, q in enumerate(questions)}
         rollouts.sort(key=lambda r: (place[r.question.index], r.sample))
-        if distributed.rank() == 0:
-            checkpoint.save_rollouts(path, run.identity, rollouts)
+        trajectory = checkpoint.save_rollouts(path, run.trajectory, rollouts)
+        if not c.save_every:    # no checkpoint will ever cover them
+            rundir.drop_rollouts(run.dir, before=step)
+    run.trajectory = trajectory
     return rollouts
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
     """The anytime curve of this step, into eval.json and the picture, unless a resumed run has
     it."""
-    if any(e["step"] == step for e in run.history):
+    if any(e["step"] == step and e.get("settings") == run.evaluation for e in run.history):
         return
     curve = anytime_curve(engine, run.eval_sets, c.evaluation_budgets, c.eval_samples, run.protocol,
                           run.tokenizer, verifier, c.eval_temperature, c.seed,
                           c.tensor_parallel_size)
-    run.history.append({"step": step, **curve})
+    run.history.append({"step": step, **curve, "settings": run.evaluation})
     if distributed.rank() == 0:
         with (run.dir / "evals.jsonl").open("a") as f:
             f.write(json.dumps(run.history[-1]) + "\n")
-        result = {**run.history[-1], "before": run.history[0]}
-        (run.dir / "eval.json").write_text(json.dumps(result, indent=1))
-        draw_curves({f"step {e['step']}": e for e in (run.history[0], run.history[-1])},
+        before = first_comparable(run.history)
+        result = {**run.history[-1], "before": before}
+        rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
+        draw_curves({f"step {e['step']}": e for e in (before, run.history[-1])},
                     run.dir / "anytime_curve.png")
-        tqdm.write(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
-                   f"final {curve['final_accuracy']:.3f}")
+        logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
+        run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
+        say(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
+            f"final {curve['final_accuracy']:.3f}")
 
 
 if __name__ == "__main__":
-    train(parse())
+    distributed.main(lambda: train(parse()))

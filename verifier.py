@@ -626,6 +626,7 @@ def _serve(num_workers: int, timeout: float):
     import multiprocessing
     import select
     from concurrent.futures import TimeoutError
+
     from pebble import ProcessPool
 
     replies, parent, lock, open_tasks, last_reply = os.dup(1), os.getppid(), threading.Lock(), set(), time.monotonic()

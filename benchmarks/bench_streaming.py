@@ -1,17 +1,15 @@
-"""Streaming dispatch against two phases, on the vLLM engine: engine steps, time, and when the first
-summary is ready.
+"""Requesting summaries while traces think on, against waiting for the traces, on the vLLM engine.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_streaming.py              # 32 and 512 slots, about two minutes of one CPU core
+    OMP_NUM_THREADS=1 python benchmarks/bench_streaming.py          # about two minutes of one core
     python benchmarks/bench_streaming.py --slots 64 --max-budget 1024
 
-Streaming asks for a thinking's summaries when it crosses a budget, while it thinks on; two-phase
-asks when all thinkings have ended (sample_rollouts, streaming=False). Both sample the same tokens,
-which is checked here in every repeat. Lengths are skewed like those of a reasoning model:
-exponential with a third of the largest budget as mean, about one thinking in twenty hits it. They
-are imposed, and weights are random, so only the timing means anything. Both sides run in turn in
-one process; ratios are medians over repeats of streaming / two-phase, each repeat against its own
-neighbour. Steps do not depend on the machine; wall time does, on a busy one badly, so the process's
-CPU time (one thread) stands beside it.
+Streaming requests the summaries of a trace when it crosses a budget; two-phase when all traces have
+ended (TwoPhases around the engine). Both sample the same tokens, which is checked in every repeat.
+Lengths are skewed like those of a reasoning model: exponential with a third of the largest budget
+as mean; about one trace in twenty reaches it. They are imposed, and weights are random, so only the
+timing means anything. Both sides run in turn in one process; ratios are medians over repeats of
+streaming / two-phase, each repeat against its own neighbour. Engine steps do not depend on the
+machine; wall time does, so the process's CPU time (one thread) stands beside it.
 """
 
 import argparse
@@ -24,18 +22,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
+from conftest import TwoPhases  # noqa: E402
 
 import distributed  # noqa: E402
 import miniature  # noqa: E402
 from budgets import BudgetPrior  # noqa: E402
 from data import Question  # noqa: E402
-from rollout import Protocol, VllmEngine, sample_rollouts  # noqa: E402
+from engines import VllmEngine  # noqa: E402
+from rollout import Protocol, sample_rollouts  # noqa: E402
 
 
 class Imposed:
-    """The engine, with every thinking given its length beforehand, and a record of what happened at
+    """The engine, with the length of every trace given beforehand, and a record of what happened at
     which step."""
 
     def __init__(self, engine, lengths: dict[str, int]):
@@ -80,17 +81,9 @@ def compare(engine, questions, budgets, rollouts, summaries, protocol, lengths, 
                 time.perf_counter(),
                 time.process_time(),
             )
-            done = sample_rollouts(
-                counted,
-                questions,
-                budgets,
-                rollouts,
-                summaries,
-                protocol,
-                1.0,
-                (0, repeat),
-                streaming=side == "streaming",
-            )
+            side_engine = counted if side == "streaming" else TwoPhases(counted)
+            done = sample_rollouts(side_engine, questions, budgets, rollouts, summaries, protocol,
+                                   1.0, (0, repeat))
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             said[side] = [(r.thinking, [s.tokens for s in r.summaries]) for r in done]
             if repeat:  # the first one warms up
@@ -123,12 +116,12 @@ def main():
     parser.add_argument("--budgets", type=int, default=4, help="M, evenly spaced")
     parser.add_argument("--summaries", type=int, default=4, help="A, per budget")
     parser.add_argument("--max-budget", type=int, default=512)
-    parser.add_argument("--max-summary-tokens", type=int, default=24, help="appended text included")
+    parser.add_argument("--max-summary-tokens", type=int, default=21, help="generated ones")
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args()
 
     prompt_tokens = 32
-    longest = prompt_tokens + a.max_budget + a.max_summary_tokens
+    longest = prompt_tokens + a.max_budget + 3 + a.max_summary_tokens  # 3 are appended
     rng = random.Random(0)
     lengths = {
         f"{q}-{g}": min(a.max_budget, max(8, round(-math.log(1 - rng.random()) * a.max_budget / 3)))
@@ -143,8 +136,10 @@ def main():
     budgets = BudgetPrior.make("uniform", a.max_budget, a.budgets).budgets
     ordered = sorted(lengths.values())
     print(
-        f"{len(lengths)} thinkings of {ordered[0]}..{ordered[-1]} tokens (median {statistics.median(ordered):.0f}), budgets {budgets}, "
-        f"{a.summaries} summaries each of up to {a.max_summary_tokens}; medians of {a.repeats} repeats",
+        f"{len(lengths)} traces of {ordered[0]}..{ordered[-1]} tokens (median "
+        f"{statistics.median(ordered):.0f}), budgets {budgets}, "
+        f"{a.summaries} summaries each of up to {a.max_summary_tokens}; "
+        f"medians of {a.repeats} repeats",
         flush=True,
     )
 
@@ -169,16 +164,12 @@ def main():
             table.append((slots, "  highest", *map(max, zip(*ratios))))
     distributed.stop()
 
-    print(
-        f"{'slots':>6}  {'':10}{'steps':>8}{'wall s':>9}{'CPU s':>9}{'first summary at':>18}{'last thinking at':>18}"
-    )
+    head = f"{'slots':>6}  {'':10}{'steps':>8}{'wall s':>9}{'CPU s':>9}"
+    print(head + f"{'first summary at':>18}{'last trace at':>18}")
     for slots, name, steps, seconds, cpu_seconds, first, last in table:
-        whole = (
-            0 if name in ("streaming", "two-phase") else 2
-        )  # decimals: steps are whole numbers, ratios are not
-        print(
-            f"{slots:6}  {name:10}{steps:8.{whole}f}{seconds:9.2f}{cpu_seconds:9.2f}{first:18.{whole}f}{last:18.{whole}f}"
-        )
+        digits = 0 if name in ("streaming", "two-phase") else 2     # whole steps, or ratios
+        print(f"{slots:6}  {name:10}{steps:8.{digits}f}{seconds:9.2f}{cpu_seconds:9.2f}"
+              f"{first:18.{digits}f}{last:18.{digits}f}")
 
 
 if __name__ == "__main__":

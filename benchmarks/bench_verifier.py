@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-from rewards import Verifier, is_valid_gold, plain_number, _golds  # noqa: E402
+from rewards import Verifier, _golds, is_valid_gold, plain_number  # noqa: E402
 
 
 def ordinary_pairs(generator, count):
@@ -70,6 +70,7 @@ def run_ours(pairs, workers):
 
 def run_plain(pairs, seconds):
     import logging
+
     from math_verify import parse, verify
     logging.disable(logging.CRITICAL)
     scores, start, slow = [], time.perf_counter(), 0

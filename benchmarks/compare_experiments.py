@@ -1,10 +1,10 @@
-"""Experiments against each other on the miniature: the same base, steps and questions within a seed.
+"""Experiments against each other on the miniature: same base, steps and questions within a seed.
 
-    python benchmarks/compare_experiments.py --picture anytime_curve.png      the README's table and picture, seeds 0-4
+    python benchmarks/compare_experiments.py --picture docs/anytime_curve.png       the README's
     python benchmarks/compare_experiments.py --experiments ar-uniform grpo-decouple --seeds 0 1
 
-Trains what is not in runs/ yet, one run at a time, then prints accuracy at every budget, mean ± standard deviation over
-seeds, and in how many seeds the first experiment is ahead at each budget.
+Trains what is not in runs/ yet, one run at a time, then prints accuracy at every budget, mean ±
+standard deviation over seeds, and in how many seeds the first experiment is ahead at each budget.
 """
 
 import json
@@ -59,7 +59,7 @@ def row(name: str, curves: list[list[float]]) -> str:
 
 
 def mean_curve(curves: list[dict]) -> dict:
-    """What draw_curves draws: the mean over seeds, with the standard deviation in place of the standard error."""
+    """What draw_curves draws: the mean over seeds, bars of one standard deviation over seeds."""
     columns = list(zip(*(c["accuracy"] for c in curves)))
     return {
         "budgets": curves[0]["budgets"],
@@ -90,9 +90,8 @@ def main(a: Arguments):
         for e in a.experiments:
             results[e].append(result(e, seed))
     budgets = results[a.experiments[0]][0]["budgets"]
-    print(
-        f"\n| accuracy at budget | {' | '.join(map(str, budgets))} | anytime |\n|---{'|---' * (len(budgets) + 1)}|"
-    )
+    print(f"\n| accuracy at budget | {' | '.join(map(str, budgets))} | anytime |")
+    print("|---" * (len(budgets) + 2) + "|")
     before = [r["before"] for r in results[a.experiments[0]]]
     for name, rs in (("before", before), *results.items()):
         print(row(name, [[*r["accuracy"], r["anytime_accuracy"]] for r in rs]))
@@ -100,6 +99,7 @@ def main(a: Arguments):
         draw_curves(
             {"before": mean_curve(before), **{e: mean_curve(rs) for e, rs in results.items()}},
             Path(a.picture),
+            band="shaded: ± 1 standard deviation over seeds",
         )
     first = results[a.experiments[0]]
     print(

@@ -49,6 +49,10 @@ def test_the_papers_main_run_by_its_numbers():
         c.response_length == 10176 and c.denominator == 32 * 8 * 10176 and c.summary_weight == 1.0
     )
     assert "512 thinking traces of up to 8000 tokens" in batch_arithmetic(c, 8)
+    for preset in ("paper-8k", "paper-16k"):
+        c = parse(["--preset", preset])
+        assert (c.eval_samples, c.eval_every) == (32, 20)
+        assert c.eval_data == ("paper/aime", "paper/amc")
 
 
 def test_the_experiments_are_the_papers_table():
@@ -81,8 +85,10 @@ def test_what_depends_on_the_largest_budget_follows_it():
         24,
         32,
     )
+    assert (c.max_summary_tokens, c.summary_room) == (118, 128)  # generated; with the appended text
+    assert Config().response_length == 48 + 17 * 10
     assert parse(["--max-response-length", "99"]).response_length == 99
-    assert parse(["--eval-budgets", "5", "90"]).longest_sequence == 12 + 90 + 10
+    assert parse(["--eval-budgets", "5", "90"]).longest_sequence == 12 + 90 + 3 + 7
 
 
 def test_help_lists_every_flag_in_groups(capsys):

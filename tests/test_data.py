@@ -1,17 +1,23 @@
 import json
 
 import pytest
+import transformers
 from conftest import SHARED
 from transformers import AutoTokenizer
 
+import data
+import miniature
 from data import (
     NAMED_SETS,
+    PAPER_SETS,
+    chat_options,
     load_questions,
     load_rows,
     make_questions,
-    open_tokenizer,
     questions_of_step,
+    set_names,
 )
+from models import check_attention, open_tokenizer
 
 ROWS = [
     {"problem": "1+1?", "answer": "2"},
@@ -153,6 +159,70 @@ def test_the_papers_sets_load_with_their_counts():
         assert (len(rows), dropped) == (count, 4 if name == "train/math" else 0)
 
 
+PAPER_COUNTS = dict(zip(PAPER_SETS, (30, 83, 500, 272, 675)))
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
+)
+def test_the_paper_collection_is_fetched_once_and_checked(tmp_path, monkeypatch):
+    """The download rehearsed: a local server has the authors' five files."""
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *_):
+            asked.append(self.path)
+
+    handler = partial(Handler, directory=str(SHARED / "data" / "test"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(data, "PAPER_SETS_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert set_names(("paper", "miniature")) == [*PAPER_SETS, "miniature"]
+        for name in set_names(("paper",)):
+            for _ in range(2):  # the second time from the cache
+                rows, dropped = load_rows(name)
+                assert (len(rows), dropped) == (PAPER_COUNTS[name], 0)
+        server.shutdown()
+    assert len(asked) == 5
+    minerva = [truth for _, truth in load_rows("paper/minerva")[0]]
+    assert sum(isinstance(t, list) and len(t) > 1 for t in minerva) == 75
+    (tmp_path / "anytime-reasoner" / "aime.json").write_text("[]")
+    with pytest.raises(ValueError, match="aime.json is not the file .*: delete it"):
+        load_rows("paper/aime")
+
+
+def test_the_paper_collection_without_network_names_the_file_to_bring(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"cannot fetch https.*aime.json.*no route.*{tmp_path}"):
+        load_rows("paper/aime")
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
+)
+def test_every_listed_answer_of_minerva_counts_alone():
+    """Each alternative verifies against the list; for 6 questions not against its sibling."""
+    from verifier import Verifier
+
+    rows, _ = load_rows(str(SHARED / "data" / "test" / "minerva.json"))
+    listed = [truths for _, truths in rows if len(truths) > 1]
+    with Verifier(2) as verifier:
+        alone = verifier.score([(f"\\boxed{{{t}}}", truths) for truths in listed for t in truths])
+        pairs = [(a, b) for truths in listed for a in truths for b in truths if a != b]
+        siblings = verifier.score([(f"\\boxed{{{a}}}", b) for a, b in pairs])
+    assert set(alone) == {1.0}
+    assert len({frozenset(p) for p, s in zip(pairs, siblings) if s == 0}) <= 6
+
+
 def test_open_tokenizer_refuses_a_short_context_and_a_missing_model(tiny_model_path):
     with pytest.raises(ValueError, match="context of 256"):
         open_tokenizer(str(tiny_model_path), 257)
@@ -160,3 +230,50 @@ def test_open_tokenizer_refuses_a_short_context_and_a_missing_model(tiny_model_p
         open_tokenizer("nowhere", 40)
     tokenizer, eos = open_tokenizer(str(tiny_model_path), 256)
     assert eos == [tokenizer.eos_token_id]
+
+
+def test_rows_without_a_ground_truth_are_kept_where_a_reward_function_needs_none(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*ROWS, {"problem": "no answer field"}])
+    rows, dropped = load_rows(path, need_ground_truth=False)
+    assert dropped == 0 and rows[3:] == [("void", ""), ("none", None), ("no answer field", None)]
+    with pytest.raises(ValueError, match="line 6: no field 'answer'"):
+        load_rows(path)
+
+
+def test_system_prompt_and_chat_template_arguments_reach_the_template():
+    """A template like Qwen3's: a system turn, and a switch that closes the thinking beforehand."""
+    tokenizer = miniature.make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ' +1' if m.role == 'system' }}{{ m.content }}{% endfor %}"
+        "<think>{% if enable_thinking is false %}</think>{% endif %}"
+    )
+    rows = [("1 +2 ?", "3")]
+    (plain,), _ = make_questions(rows, tokenizer, "{question}", 9)
+    on = ("enable_thinking=true",)
+    (system,), _ = make_questions(rows, tokenizer, "{question}", 9, " +5", on)
+    texts = [tokenizer.decode(q.prompt) for q in (plain, system)]
+    assert texts == ["1 +2 ?<think>", " +1 +51 +2 ?<think>"]
+    with pytest.raises(ValueError, match="enable_thinking=true"):
+        make_questions(rows, tokenizer, "{question}", 9, "", ("enable_thinking=false",))
+    with pytest.raises(ValueError, match="write name=value"):
+        make_questions(rows, tokenizer, "{question}", 9, "", ("enable_thinking",))
+    assert chat_options(("a=1", "b=x y", "c=true")) == {"a": 1, "b": "x y", "c": True}
+
+
+@pytest.mark.parametrize("name, changes, refused", [
+    ("Qwen2", {}, False), ("Qwen3", {}, False), ("Llama", {}, False),
+    ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, True),
+    ("Qwen2", {"use_sliding_window": False, "sliding_window": 8}, False),
+    ("Mistral", {"sliding_window": 8}, True), ("Mistral", {"sliding_window": None}, False),
+    ("Gemma3Text", {}, True),
+])
+def test_layers_that_do_not_see_the_whole_context_are_refused(
+    tmp_path, name, changes, refused, capsys
+):
+    getattr(transformers, f"{name}Config")(num_hidden_layers=8, **changes).save_pretrained(tmp_path)
+    if refused:
+        with pytest.raises(ValueError, match="full attention alone"):
+            check_attention(str(tmp_path))
+    else:
+        check_attention(str(tmp_path))
+        assert ("WARNING" in capsys.readouterr().out) == (name == "Mistral")

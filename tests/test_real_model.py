@@ -42,7 +42,8 @@ def flags(smollm, tmp_path_factory):
     if not data.is_file():
         data = tmp_path_factory.mktemp("data") / "own.json"
         data.write_text(json.dumps([{"problem": q, "answer": a} for q, a in OWN]))
-    return ["--model", smollm, "--train-data", data, "--max-prompt-tokens", 150]
+    return ["--model", smollm, "--train-data", data, "--max-prompt-tokens", 150,
+            "--max-appended-tokens", 16]
 
 
 @pytest.fixture(scope="module")

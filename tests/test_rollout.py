@@ -123,7 +123,7 @@ def test_summary_prompts_lengths_and_seeds():
     assert [s.prompt for s in summaries] == [(1, 2, 5, 6, 80, 90, 81)] * 2 + [
         (1, 2, 5, 6, 7, 90, 81)
     ] * 4
-    assert [s.max_tokens for s in summaries] == [3, 3, 5, 5, 5, 5]  # 6 minus the appended text
+    assert [s.max_tokens for s in summaries] == [6] * 6  # whatever was appended
     assert len({request.seed for _, request in engine.requests}) == 7
 
 
@@ -245,10 +245,54 @@ def test_what_else_is_in_the_batch_does_not_matter(engine):
         assert alone.logp == pytest.approx(together[r.id].logp, abs=1e-4)
 
 
+def test_one_token_steps_give_the_same_tokens_one_at_a_time(engine):
+    requests = [
+        Request(str(i), (19, 38, 9, 3)[: 2 + i % 3], 4 + i, (2,), request_seed(1, i), 1.0)
+        for i in range(6)
+    ]
+    whole = finish(engine, requests)
+    stepped = {r.id: [] for r in requests}
+    engine.one_token_steps = True
+    try:
+        for r in requests:
+            engine.add(r)
+        while engine.has_work():
+            for out in engine.step():
+                assert len(out.tokens) == len(out.logp) == 1
+                stepped[out.id] += out.tokens
+                assert out.finished == (len(stepped[out.id]) == len(whole[out.id].tokens))
+    finally:
+        engine.one_token_steps = False
+    assert stepped == {name: out.tokens for name, out in whole.items()}
+def test_batches_are_bounded_by_tokens(engine, monkeypatch):
+    """A batch's cache grows to requests x longest sequence: long prompts run in smaller batches."""
+    requests = [Request(f"{n}-{i}", (20,) * n, 8, (4,), i, 1.0)
+                for n in (3, 30, 60) for i in range(6)]
+
+    def sampled():
+        for r in requests:
+            engine.add(r)
+        return {o.id: o.tokens for o in engine.step()}
+
+    together, sizes, generate = sampled(), [], engine._generate
+
+    def recorded(batch):
+        sizes.append(len(batch) * max(len(r.prompt) + r.max_tokens for r in batch))
+        return generate(batch)
+
+    monkeypatch.setattr(engine, "_generate", recorded)
+    monkeypatch.setattr(engine, "max_batch_tokens", 140)
+    assert sampled() == together
+    assert len(sizes) == 6 and max(sizes) <= 140
+    monkeypatch.setattr(engine, "max_batch_tokens", 10)     # no room even for one: one at a time
+    assert sampled() == together and len(sizes) == 6 + len(requests)
+    assert engine.step() == []
+
+
 def test_sampler_logprobs_are_the_trainers(engine, tokenizer, tiny_model_path):
     from packing import pack, token_logprobs
 
-    protocol = Protocol.of(tokenizer, 10)
+    protocol = Protocol.of(tokenizer, 7)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="sdpa")
     question = Question(0, "2 +2 ?", "4", tuple(tokenizer.encode("2 +2 ?<think>")))
     for temperature in (1.0, 0.6):
@@ -282,15 +326,15 @@ def test_sync_weights_changes_what_is_sampled_and_refuses_a_partial_set(tiny_mod
 
 
 def test_protocol_reads_the_tokenizer(tokenizer):
-    protocol = Protocol.of(tokenizer, 10, eos=[2, 1])
+    protocol = Protocol.of(tokenizer, 7, eos=[2, 1])
     assert tokenizer.decode([protocol.think_end]) == "</think>"
     assert (
         tokenizer.decode(protocol.cut_text + protocol.answer_header)
         == "...\n\n...\n\n</think>\n\n**Final Answer**\n"
     )
     assert protocol.eos == (1, 2)
-    with pytest.raises(ValueError, match="leaves no room"):
-        Protocol.of(tokenizer, 3)
+    with pytest.raises(ValueError, match="needs 3 tokens.*raise max_appended_tokens 2"):
+        Protocol.of(tokenizer, 3, max_appended_tokens=2)
 
 
 def test_a_tokenizer_without_one_token_think_end_is_refused():
@@ -308,7 +352,7 @@ def test_a_tokenizer_without_one_token_think_end_is_refused():
 
 
 def test_grader_wants_exactly_one_think_end(tokenizer):
-    protocol = Protocol.of(tokenizer, 10)
+    protocol = Protocol.of(tokenizer, 7)
     asked = []
     verifier = SimpleNamespace(
         submit=lambda summary, ground_truth: asked.append((summary, ground_truth)) or "future"

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import ROOT, alone, run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import checkpoint
 import train
@@ -132,6 +132,32 @@ def test_two_processes_give_the_same_numbers(unbroken, trained_model_path, tmp_p
     assert evaluations[0] == evaluations[1]
 
 
+def test_a_process_without_a_trace_and_an_untied_head(trained_model_path, tmp_path):
+    """One trace an update on two processes: one of them runs its backward without the head."""
+    model = AutoModelForCausalLM.from_pretrained(trained_model_path)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(trained_model_path).save_pretrained(tmp_path / "untied")
+    few = {"--questions-per-step": "2", "--num-rollouts": "1"}
+    args = [few.get(before, a) for before, a in zip(["", *SMALL], SMALL)]
+    args += ["--model", tmp_path / "untied", "--baseline", "progress", "--steps", "2"]
+    for processes in (0, 2):
+        out = tmp_path / f"run{processes}"
+        run_script("train.py", *args, "--output-dir", out, processes=processes)
+    assert_equal_metrics(metrics_of(tmp_path / "run0"), metrics_of(tmp_path / "run2"), 1e-5)
+
+
+@pytest.mark.parametrize("hidden, asked", [(64, [1]), (1024, [])])
+def test_only_a_tiny_model_is_held_to_one_cpu_thread(tmp_path, monkeypatch, hidden, asked):
+    """By its parameters, counted from the config alone; else torch's choice stands."""
+    Qwen2Config(hidden_size=hidden, num_hidden_layers=2, vocab_size=99).save_pretrained(tmp_path)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    train.distributed.limit_threads(str(tmp_path))
+    assert threads == asked
+
+
 def kill_in_step(args, out, step: int, processes: int):
     """Start a run and kill -9 all its processes while it is inside `step`, after the checkpoint
     before it is complete."""
@@ -153,6 +179,7 @@ def kill_in_step(args, out, step: int, processes: int):
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=alone(),
     )
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
@@ -212,15 +239,17 @@ def test_rollouts_already_sampled_are_trained_on_not_sampled_again(
         "--model",
         str(trained_model_path),
         "--save-every",
-        "0",
+        "20",
         "--output-dir",
         str(broken),
         *SMALL,
     ]
-    train.train(parse([*args, "--steps", "2"]))
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_checkpoint", lambda *_: None)
+        train.train(parse([*args, "--steps", "2"]))
     assert sorted(p.name for p in (broken / "rollouts").iterdir()) == [
-        "step-00000000.pkl",
-        "step-00000001.pkl",
+        "step-00000000.json",
+        "step-00000001.json",
     ]
     before = metrics_of(broken)
 
@@ -229,6 +258,7 @@ def test_rollouts_already_sampled_are_trained_on_not_sampled_again(
 
     with monkeypatch.context() as m:
         m.setattr(train, "sample_rollouts", refuse)
+        m.setattr(checkpoint, "save_checkpoint", lambda *_: None)
         m.setattr(train, "evaluate_and_draw", lambda *_: None)
         m.setattr(train, "report", lambda *_: None)
         train.train(parse([*args, "--steps", "2", "--resume", "auto"]))
@@ -246,7 +276,8 @@ def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
     ]
     identity = json.loads((out / "checkpoints" / "step-00000004" / "run.json").read_text())
     assert identity.pop("step") == 4
-    assert checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", identity) == 4
+    start = checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", identity)
+    assert start.step == 4 and start.trajectory == identity["trajectory"]
     with pytest.raises(ValueError, match="of another run: lr"):
         checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", {**identity, "lr": 1.0})
     with pytest.raises(ValueError, match="no complete checkpoint"):
@@ -279,7 +310,8 @@ def test_bad_input_is_refused_before_anything_is_paid_for(
         args += ["--output-dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=complaint):
         train.prepare(parse(args))
-    assert not (tmp_path / "out").exists()
+    left = (tmp_path / "out").glob("*")
+    assert {p.name for p in left} <= {"lock"}  # so that the corrected command is taken
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
@@ -334,3 +366,12 @@ def test_every_kind_of_experiment_trains(experiment, trained_model_path, tmp_pat
         1 if experiment == "grpo" else 4
     )
     assert not (tmp_path / "o" / "checkpoints").exists()
+
+
+def test_a_resumed_run_does_the_logs_behind_its_checkpoint_again(tmp_path):
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(4))
+    for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+        (tmp_path / name).write_text(lines + '{"step": 4, "torn')
+    checkpoint.begin_files(tmp_path, {}, first_step=2, resumed=True)
+    kept = {p.name: len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")}
+    assert kept == {"metrics.jsonl": 2, "samples.jsonl": 2, "evals.jsonl": 3}

@@ -285,14 +285,14 @@ def test_no_process_outlives_the_parent(tmp_path, ending, code, entered):
 
 def test_the_parents_main_module_is_not_imported_again(tmp_path):
     """train.py imports torch at its top; a worker that did the same would need seconds and break its memory limit."""
-    script = script_with(tmp_path, head="open('imported', 'a').write('x')\nimport torch\ntorch.ones(2).sum()", body=f"""
+    script = script_with(tmp_path, head="open('imported', 'a').write('x')\nimport torch\ntorch.ones(2).sum()", body="""
         with Verifier(num_workers=1, timeout=1.0) as verifier:
             assert verifier.score([GOOD, BAD]) == [1, 0]
             verifier.score([STUCK])
             start = time.perf_counter()
             assert verifier.score([fresh(3)]) == [1.0]
             print(time.perf_counter() - start)
-            maps = [open(f"/proc/{{pid}}/maps").read() for pid in children(os.getpid())]
+            maps = [open(f"/proc/{pid}/maps").read() for pid in children(os.getpid())]
             print(sum("torch" in text for text in maps), len(maps))
     """)
     result = run(script, cwd=tmp_path)
