@@ -263,20 +263,25 @@ def load_policy(model_path: str, device: torch.device):
         model_path, dtype=torch.float32, trust_remote_code=False,
         attn_implementation="flex_attention" if gpu else "sdpa")
     model.to(device)
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    model.dtype_on_disk = config.dtype or torch.float32
+    return make_trainable(model, gpu)
+
+
+def make_trainable(model, gpu: bool, mesh=None):
+    """Recomputation, the forward of training, and shards over `mesh` (None: over all processes)."""
     if gpu:
         # Recompute activations in backward: a tree of 10k tokens keeps only its layer inputs. HF's
         # own checkpointing leaves the parameter names alone, a wrapper would not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     model.token_logprobs = MethodType(token_logprobs, model)
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    model.dtype_on_disk = config.dtype or torch.float32
     if world_size() > 1 or gpu:     # on one GPU for the mixed precision
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         precision = MixedPrecisionPolicy(**(half if gpu else {}))
         for layer in model.get_decoder().layers:
-            fully_shard(layer, mp_policy=precision)
-        fully_shard(model, mp_policy=precision)
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(model, mesh=mesh, mp_policy=precision)
         # A process whose rows hold no trained token does not use an untied head; the others do.
         model.set_reduce_scatter_unused_params(True)
         register_fsdp_forward_method(model, "token_logprobs")
