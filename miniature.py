@@ -88,7 +88,8 @@ def make_rows(split: str, count: int) -> list[tuple[str, str]]:
 
 def one_pass(start: int, operations: list[str], before: list[int], ramble: float,
              rng: random.Random) -> tuple[list[str], list[int]]:
-    """(tokens, digits) of one walk along the chain. `before`: the last pass's digits, [] if none."""
+    """(tokens, digits) of one walk along the chain. `before`: the last pass's digits, [] if
+    none."""
     tokens, digits = [f" ={start}"], [start]
     for i, operation in enumerate(operations):
         right = digit = apply(digits[-1], operation)

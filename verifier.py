@@ -68,7 +68,8 @@ def extract_answer(text: str) -> str | None:
 
 
 _UNICODE = str.maketrans({
-    **dict(zip("−–—，（）％０１２３４５６７８９", "---,()%0123456789")), **dict.fromkeys("\u200b\ufeff", ""),
+    **dict(zip("−–—，（）％０１２３４５６７８９", "---,()%0123456789")),
+    **dict.fromkeys("\u200b\ufeff", ""),
     "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3"})
 # In this order, each with an example. END closes a command's name, so that \le leaves \left alone.

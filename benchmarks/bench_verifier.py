@@ -21,10 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import test_verifier_rules as cases
-from pebble import ProcessPool
+import test_verifier_rules as cases  # noqa: E402
+from pebble import ProcessPool  # noqa: E402
 
-import verifier as rules
+import verifier as rules  # noqa: E402
 
 SHARED, NEVER = ROOT.parent / "shared", re.compile("(?!)")
 OFF = {         # what stands in for a rule that is switched off

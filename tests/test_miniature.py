@@ -4,15 +4,28 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import miniature
-from miniature import (BOX, CUT, EOS, HEADER, THINK_END, answer, known_answer, make_question,
-                       make_rows, one_pass, question_text, sloppy_trace, supervised_example)
+from miniature import (
+    BOX,
+    CUT,
+    EOS,
+    HEADER,
+    THINK_END,
+    answer,
+    known_answer,
+    make_question,
+    make_rows,
+    one_pass,
+    question_text,
+    sloppy_trace,
+    supervised_example,
+)
 from verifier import is_correct
 
 
 def test_the_task_by_hand():
     assert question_text(2, ["+2", "*7", "-3"]) == "2 +2 *7 -3 ?"
-    assert answer(2, ["+2", "*7", "-3"]) == 5      # 2, 4, 28 -> 8, 5
-    assert answer(1, ["-3"]) == 8                  # last digit, as in clock arithmetic
+    assert answer(2, ["+2", "*7", "-3"]) == 5  # 2, 4, 28 -> 8, 5
+    assert answer(1, ["-3"]) == 8  # last digit, as in clock arithmetic
 
 
 def test_rows_repeat_and_splits_are_disjoint():
@@ -22,7 +35,7 @@ def test_rows_repeat_and_splits_are_disjoint():
 
 
 def test_tokenizer_round_trip_every_word_one_token(tiny_model_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)     # as a user would load it
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)  # as a user would load it
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in miniature.VOCABULARY]
     assert ids == [[i] for i in range(len(miniature.VOCABULARY))]
     text = f"2 +2 *7 ?<think> =2 +2 =4 *7 =8 so 8. wait =2{CUT}{THINK_END}{HEADER}{BOX}8}}<|end|>"
@@ -41,11 +54,15 @@ def test_a_trace_without_sloppiness_is_terse_and_right(monkeypatch):
     assert "".join(trace) == " =2 +2 =4 *7 =8 -3 =5 so 5.</think>"
 
 
-@pytest.mark.parametrize("rates, expected", [
-    # 2 +2 is 4, but the last pass said 5. Repeated, the error stands; repaired, the rest is redone.
-    (dict(REPAIR_RATE=0.0, SPOIL_RATE=0.0), " =2 +2 =5 *7 =5 so 5."),
-    (dict(REPAIR_RATE=1.0, SPOIL_RATE=0.0), " =2 +2 =4 *7 =8 so 8."),
-])
+@pytest.mark.parametrize(
+    "rates, expected",
+    [
+        # 2 +2 is 4, but the last pass said 5. Repeated, the error stands; repaired, the rest is
+        # redone.
+        (dict(REPAIR_RATE=0.0, SPOIL_RATE=0.0), " =2 +2 =5 *7 =5 so 5."),
+        (dict(REPAIR_RATE=1.0, SPOIL_RATE=0.0), " =2 +2 =4 *7 =8 so 8."),
+    ],
+)
 def test_a_later_pass_by_hand(monkeypatch, rates, expected):
     set_rates(monkeypatch, **rates)
     tokens, digits = one_pass(2, ["+2", "*7"], [2, 5, 5], 0.0, random.Random(0))
@@ -66,13 +83,28 @@ def test_right_early_is_right_late_and_later_passes_repair_more_than_they_spoil(
 
     def share(flags):
         return sum(flags) / len(flags)
+
     assert share(stays) > 0.9 and 0.1 < share(repaired) < 0.5
-    assert 0.3 < share(first) < 0.6 and share(last) > share(first) + 0.2      # skilled but sloppy
+    assert 0.3 < share(first) < 0.6 and share(last) > share(first) + 0.2  # skilled but sloppy
 
 
 def test_a_cut_trace_knows_its_last_completed_answer():
-    trace = [" =2", " +2", " =5", " *7", " =5", " so 5.",
-             " wait", " =2", " +2", " =4", " *7", " =8", " so 8.", THINK_END]
+    trace = [
+        " =2",
+        " +2",
+        " =5",
+        " *7",
+        " =5",
+        " so 5.",
+        " wait",
+        " =2",
+        " +2",
+        " =4",
+        " *7",
+        " =8",
+        " so 8.",
+        THINK_END,
+    ]
     known = [known_answer(trace[:n]) for n in (1, 3, 5, 6, 12, 13, 14)]
     assert known == ["2", "5", "5", "5", "5", "8", "8"]
 
@@ -81,7 +113,7 @@ def test_supervised_examples_follow_the_protocol_and_fit_the_budget():
     rng, cut, long = random.Random(1), 0, 0
     for _ in range(500):
         tokens, trained = supervised_example(rng)
-        thinking = tokens[tokens.index(miniature.THINK) + 1:tokens.index(HEADER)]
+        thinking = tokens[tokens.index(miniature.THINK) + 1 : tokens.index(HEADER)]
         assert tokens.count(THINK_END) == 1 and tokens[-1] == EOS
         assert tokens[tokens.index(BOX) + 1] == known_answer(thinking)
         # Trained: the trace with its own </think>, and the summary; not what the protocol appends.
@@ -89,7 +121,7 @@ def test_supervised_examples_follow_the_protocol_and_fit_the_budget():
         assert CUT not in own and HEADER not in own and own[-4:] == tokens[-4:]
         if CUT in thinking:
             cut += 1
-            thinking = thinking[:thinking.index(CUT)]
+            thinking = thinking[: thinking.index(CUT)]
         assert own[:-4] == thinking and len(thinking) <= miniature.LONGEST
         long += len(thinking) > miniature.LONGEST / 2
     assert 0.4 < cut / 500 < 0.9 and long > 100
