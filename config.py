@@ -5,6 +5,8 @@ over its experiment, an experiment over its preset. Nothing here imports torch: 
 flags is answered in a second.
 """
 
+import os
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -115,7 +117,7 @@ class Run:
     logger: Literal["none", "wandb", "tensorboard"] = "none"
     # auto: from the newest checkpoint in output_dir (or start, without one); or a checkpoint.
     resume: str = ""
-    save_every: int = 20                # Steps between checkpoints; 0: none.
+    save_every: int = 20                # Steps between checkpoints; 0: none, except on SIGTERM.
     keep_checkpoints: int = 2           # The newest ones are kept.
     # Steps between evaluations (besides those at step 0 and the end); 0: only those two.
     eval_every: int = 20
@@ -238,16 +240,33 @@ def parse(args: list[str] | None = None) -> Config:
     """The resolved config of a command line. A wrong flag ends with a message and exit code 2."""
     import tyro
 
+    refuse_empty(args)
     # Twice: preset and experiment decide what all the other flags default to.
-    kind, _ = tyro.cli(Kind, args=args, add_help=False, return_unknown_args=True)
+    first = os.environ.get("RANK", "0") == "0"      # one message, not one from every process
+    kind, _ = tyro.cli(Kind, args=args, add_help=False, return_unknown_args=True,
+                       console_outputs=first)
     base = Config(**{**vars(kind), **PRESETS[kind.preset], **EXPERIMENTS[kind.experiment]})
     parts = tyro.cli(tyro.conf.OmitArgPrefixes[Parts], args=args, default=Parts(**{
         name: part(**{f.name: getattr(base, f.name) for f in fields(part)})
-        for name, part in PARTS.items()}))
+        for name, part in PARTS.items()}), console_outputs=first)
     flags = {k: v for part in vars(parts).values() for k, v in vars(part).items()}
     config = Config(**flags)
     default = f"runs/{config.preset}-{config.experiment}-seed{config.seed}"
     return replace(config, output_dir=config.output_dir or default)
+
+
+def refuse_empty(args: list[str] | None):
+    """A flag for a list without a value would mean its default, which nobody wants who types it."""
+    args = sys.argv[1:] if args is None else args
+    for given, following in zip(args, [*args[1:], "--"]):
+        if given.replace("_", "-") in LISTS and following.startswith("--"):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {given} has no value: give it one or more, or leave it out",
+                      file=sys.stderr)
+            sys.exit(2)
+
+
+LISTS = ("--budgets", "--probs", "--eval-budgets", "--eval-data", "--data")
 
 
 @dataclass(frozen=True)
@@ -262,24 +281,38 @@ class Parts:
     run: Run
 
 
+# name: (lowest, highest) value, both allowed; of tuples, each entry's. Counts stay below 2^31,
+# where the random keys of evaluation begin; the other upper bounds only catch slips and infinity.
+TINY, MANY = 5e-324, 2**31 - 1
+RANGES = {
+    **dict.fromkeys(("max_budget", "num_budgets", "budgets", "num_rollouts", "num_summaries",
+                     "questions_per_step", "updates_per_step", "max_summary_tokens",
+                     "max_prompt_tokens", "num_eval_budgets", "eval_budgets", "eval_samples",
+                     "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints",
+                     "verifier_workers"), (1, MANY)),
+    **dict.fromkeys(("steps", "epochs", "save_every", "eval_every", "eval_questions",
+                     "max_appended_tokens", "max_response_length"), (0, MANY)),
+    "seed": (0, 2**63 - 1), "probs": (0, 1), "decay": (TINY, 1), "lr": (TINY, 1),
+    "betas": (0, 1 - 1e-9), "weight_decay": (0, 1), "clip": (TINY, 1e3), "sampler_cap": (0, 1e6),
+    "max_grad_norm": (TINY, 1e9), "temperature": (TINY, 100), "eval_temperature": (0, 100),
+    "kv_cache_gb": (TINY, 1e5), "reward_timeout": (TINY, 1e5),
+}
+
+
 def check(config: Config, world_size: int = 1) -> None:
     """Everything that flags alone can get wrong; ValueError names the flag and the fix."""
     c = config
-    for name in ("num_rollouts", "num_summaries", "questions_per_step", "updates_per_step",
-                 "max_prompt_tokens", "max_summary_tokens", "num_eval_budgets", "eval_samples",
-                 "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints",
-                 "verifier_workers"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"{flag(name)} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "temperature", "clip", "max_grad_norm", "kv_cache_gb", "reward_timeout"):
-        if not getattr(c, name) > 0:
-            raise ValueError(f"{flag(name)} {getattr(c, name)}: must be above 0")
-    for name in ("steps", "epochs", "save_every", "eval_every", "eval_questions", "seed",
-                 "sampler_cap", "eval_temperature", "max_response_length"):
-        if getattr(c, name) < 0:
-            raise ValueError(f"{flag(name)} {getattr(c, name)}: cannot be negative")
-    if not 0 < c.decay <= 1:
-        raise ValueError(f"--decay {c.decay}: λ lies in (0, 1]")
+    for name, (lowest, highest) in RANGES.items():
+        values = getattr(c, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value < lowest:
+                must = {0: "cannot be negative", TINY: "must be above 0"}
+                raise ValueError(f"{flag(name)} {value}: "
+                                 + must.get(lowest, f"must be at least {lowest}"))
+            if not value <= highest:        # nan too
+                raise ValueError(f"{flag(name)} {value}: must be at most {highest:g}")
+    if not c.eval_data:
+        raise ValueError("--eval-data: name at least one file or set")
     if c.num_rollouts < 2 and c.baseline in ("brpo", "group", "loo", "fitted"):
         raise ValueError(f"--baseline {c.baseline} compares rollouts of one question: "
                          f"--num-rollouts must be at least 2, not {c.num_rollouts}")

@@ -8,10 +8,13 @@ turned into prompts by the model's own tokenizer. Their order is a function of (
 import hashlib
 import json
 import os
+import socket
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -102,7 +105,15 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
             raise ValueError(f"{path}, {where}: {question_field!r} is not a text: "
                              f"{str(question)[:60]!r}")
         truth = truth.tolist() if isinstance(truth, np.ndarray) else truth
-        if not need_ground_truth or is_valid_ground_truth(truth):
+        truth = format(truth, "f") if isinstance(truth, Decimal) else truth     # parquet's decimals
+        try:
+            f"{question}{truth}".encode()
+        except UnicodeEncodeError:      # JSON can say \ud800, which no tokenizer takes
+            raise ValueError(f"{path}, {where}: half of a surrogate pair (\\ud800 to \\udfff) is "
+                             "no text: write the whole character") from None
+        # To Python a bool is a number, to a grader true is not 1.
+        gradable = not isinstance(truth, bool) and is_valid_ground_truth(truth)
+        if gradable or not need_ground_truth:
             rows.append((question, truth))
         else:
             dropped += 1
@@ -114,12 +125,11 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
     """(where, record) pairs; `where` is a .jsonl's line or another format's row, from 1."""
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"line {number}", _parse(line.strip(), path, number)
+        for number, line in enumerate(_text(path).split("\n"), 1):
+            if line.strip():
+                yield f"line {number}", _parse(line.strip(), path, number)
     elif path.suffix == ".json":
-        records = _parse(path.read_text(encoding="utf-8"), path, 1)
+        records = _parse(_text(path), path, 1)
         if not isinstance(records, list):
             raise ValueError(f"{path}, line 1: expected a list of objects; for one object a line, "
                              "name the file .jsonl")
@@ -130,28 +140,62 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
         except ImportError:
             raise ValueError(f"{path}: reading parquet needs pyarrow: "
                              "pip install pyarrow") from None
-        records = pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as e:      # pyarrow's errors are both
+            raise ValueError(f"{path} is no readable parquet file ({first_line(e)})") from None
         yield from ((f"row {i}", record) for i, record in enumerate(records, 1))
     else:
         raise ValueError(f"{path}: unknown kind {path.suffix!r}: use .json, .jsonl or .parquet")
 
 
-def _parse(text: str, path: Path, first_line: int):
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not in UTF-8 (byte {e.start}): save it as UTF-8") from None
+
+
+def _parse(text: str, path: Path, number: int):
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {first_line + e.lineno - 1}: not JSON ({e.msg})") from None
+        raise ValueError(f"{path}, line {number + e.lineno - 1}: not JSON ({e.msg})") from None
+    except (ValueError, RecursionError) as e:       # numbers of thousands of digits, deep nesting
+        raise ValueError(f"{path}, from line {number} on: cannot be read as JSON "
+                         f"({first_line(e)})") from None
+
+
+def first_line(e: Exception) -> str:
+    """Of libraries' errors, which go on for paragraphs."""
+    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"
+
+
+def skip_unreachable_hub():
+    """Use only what is on this machine where the hub cannot be reached: found out here in seconds,
+    by the hub's client in minutes of retries for every file."""
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    if constants.HF_HUB_OFFLINE or any(os.environ.get(p) for p in proxies):
+        return
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _download(name: str) -> tuple[Path, str, str]:
     from huggingface_hub import hf_hub_download
 
     repo, file, question_field, answer_field = NAMED_SETS[name]
+    skip_unreachable_hub()
     try:
         return Path(hf_hub_download(repo, file, repo_type="dataset")), question_field, answer_field
     except Exception as e:      # offline, renamed, gated: whatever the hub's client raises
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
-        raise ValueError(f"cannot fetch {file} of {repo} from the hub ({reason}): "
+        raise ValueError(f"cannot fetch {file} of {repo} from the hub ({first_line(e)}): "
                          "check the network, or download it and pass the file's path") from e
 
 
@@ -171,7 +215,7 @@ def fetch_paper_set(name: str) -> Path:
     path = cache / file
     if not path.exists():
         try:
-            with urllib.request.urlopen(PAPER_SETS_URL + file, timeout=60) as answer:
+            with urllib.request.urlopen(PAPER_SETS_URL + file, timeout=10) as answer:
                 content = answer.read()
         except OSError as e:        # no network, a server's error, a timeout
             raise ValueError(f"cannot fetch {PAPER_SETS_URL}{file} ({e}): check the network, or "
@@ -197,14 +241,18 @@ def open_tokenizer(model: str, longest_sequence: int):
         context = miniature.MODEL["max_position_embeddings"]
     else:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        if not Path(model).is_dir():
+            skip_unreachable_hub()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            context = AutoConfig.from_pretrained(model).max_position_embeddings
-        except (OSError, ValueError) as e:
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        except Exception as e:      # the parsers of tokenizer.json raise plain Exception
             raise ValueError(f"--model {model}: no model directory or hub name that can be read "
-                             f"({str(e).splitlines()[0][:160]})") from e
+                             f"({first_line(e)})") from e
+        check_weights(model, config, len(tokenizer))
+        context = config.max_position_embeddings
         try:
-            eos = GenerationConfig.from_pretrained(model).eos_token_id
+            eos = GenerationConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
         except OSError:     # a model need not ship one
             eos = None
     if longest_sequence > context:
@@ -219,7 +267,7 @@ def check_attention(model: str):
     if model == "miniature":
         return
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window))
     if kinds - {"full_attention"}:
@@ -245,6 +293,70 @@ def chat_options(pairs: tuple[str, ...]) -> dict:
     return options
 
 
+def check_weights(model: str, config, vocabulary: int):
+    """ValueError where a model cannot be trained here, or its files are not those of its config.
+
+    From headers alone: transformers fills weights that are missing with random ones, and goes on.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):      # names and shapes only
+            made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _ = made.get_decoder().layers
+    except (ValueError, AttributeError):
+        raise ValueError(f"--model {model} is a {config.model_type}: use a decoder-only language "
+                         "model (Qwen, Llama, ...)") from None
+    rows = made.get_input_embeddings().weight.shape[0]
+    if vocabulary > rows:
+        raise ValueError(f"--model {model}: its tokenizer has {vocabulary} tokens, its weights "
+                         f"only {rows}: one of them is of another model")
+    if not Path(model).is_dir():
+        return
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"--model {model} has no *.safetensors file: save the model with "
+                         "save_pretrained, or download it again")
+    shapes = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:     # checks the file's length too
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} is truncated or damaged ({first_line(e)}): get it "
+                             "again") from None
+    tied = set(getattr(made, "all_tied_weights_keys", None) or ())
+    wanted = {name: tuple(p.shape) for name, p in made.named_parameters(remove_duplicate=False)}
+    wrong = [name for name, shape in wanted.items()
+             if shapes.get(name, None if name not in tied else shape) != shape]
+    if wrong:
+        raise ValueError(f"--model {model}: {len(wrong)} weights are missing or have another shape "
+                         f"than config.json says ({wrong[0]}, ...): get the model again")
+
+
+def model_digest(model: str) -> str:
+    """What a resumed run must find unchanged: a directory's files, or the hub's revision."""
+    if model == "miniature":
+        return ""           # made from the run's own settings
+    if not Path(model).is_dir():
+        from transformers import AutoConfig
+        return getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "_commit_hash",
+                       None) or ""
+    total = hashlib.sha256()
+    for path in sorted(p for p in Path(model).iterdir() if p.is_file()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model"):
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def digest_of(questions: list[Question]) -> str:
+    rows = [[q.text, q.ground_truth, q.prompt] for q in questions]
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
+
+
 def make_questions(rows: list[tuple[str, object]], tokenizer, template: str, max_prompt_tokens: int,
                    system_prompt: str = "", chat_template_args: tuple[str, ...] = ()
                    ) -> tuple[list[Question], int]:
@@ -261,8 +373,12 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str, max
     for text, truth in rows:
         # Not str.format: questions and templates are full of braces of their own.
         message = [*system, {"role": "user", "content": template.replace("{question}", text)}]
-        rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True,
-                                                 tokenize=False, **options)
+        try:
+            rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True,
+                                                     tokenize=False, **options)
+        except Exception as e:      # jinja's own, or none at all
+            raise ValueError(f"the chat template of {tokenizer.name_or_path} does not work "
+                             f"({first_line(e)}): repair or add it") from None
         if rendered.rstrip().endswith("</think>"):
             raise ValueError("the chat template closes the thinking before it begins: switch it on "
                              "(Qwen3: --chat-template-args enable_thinking=true)")

@@ -4,9 +4,16 @@ FSDP2 shards and torchrun starts; this file only calls them. The same calls run 
 and on many GPUs, so the loop in train.py knows neither.
 """
 
+import ctypes
+import math
 import os
+import signal
+import socket
 import sys
-from collections.abc import Iterator
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import MethodType
@@ -22,7 +29,48 @@ from torch.distributed.fsdp import (
 
 from packing import token_logprobs
 
+STOPPED = 143               # exit code after SIGTERM, as shells report it
 FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
+COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
+
+
+def main(run: Callable):
+    """Run a script as one process among others: all end together, and none waits in silence."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # End with torchrun's agent, also when it is killed: else its workers would train on beside
+        # those of the next start. 1: PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    threading.Thread(target=report_standstill, daemon=True).start()
+    try:
+        run()
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:       # torch's checkpoints raise one that is no Exception
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)         # a normal exit may first wait for the others, who wait for this one
+
+
+def report_standstill(minutes: float = 10.0):
+    """Say where the main thread stands, whenever it has not moved for so long.
+
+    A process that computes is elsewhere at each look; one that hangs, or waits for it, is not.
+    """
+    main_thread, still, before = threading.main_thread().ident, 0, None
+    while True:
+        time.sleep(minutes * 60 / 10)
+        stack = list(traceback.walk_stack(sys._current_frames()[main_thread]))
+        now = [(frame.f_code, frame.f_lasti) for frame, _ in stack]
+        still, before = (still + 1 if now == before else 0), now
+        if still and still % 10 == 0:
+            here = os.path.dirname(os.path.abspath(__file__))
+            ours = [f"{f.f_code.co_name} ({os.path.basename(f.f_code.co_filename)}:{line})"
+                    for f, line in stack if os.path.dirname(f.f_code.co_filename) == here]
+            print(f"WARNING process {rank()} of {world_size()} on {socket.gethostname()} has stood "
+                  f"still for {still * minutes / 10:.3g} min in {' < '.join(ours)}",
+                  file=sys.stderr, flush=True)
+        del stack           # frames keep their tensors alive
 
 
 def rank() -> int:
@@ -39,16 +87,56 @@ def local_rank() -> int:
 
 @contextmanager
 def exit_on_bad_input():
-    """Turn a ValueError inside into one line from the first process, and exit code 2 on all.
+    """Turn a ValueError inside into one line from each machine's first process, and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if local_rank() == 0:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
-    For checks that every process makes alike before it joins the others: nobody is left waiting.
-    """
+
+@contextmanager
+def together():
+    """Make a ValueError of one process one of all, so that nobody is left waiting."""
+    problem = None
     try:
         yield
     except ValueError as e:
-        if rank() == 0:
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        problem = str(e)
+    problems = [p for p in gather([problem]) if p]
+    if problems:
+        raise ValueError(problems[0])
+
+
+_asked_to_stop: list[float] = []        # when SIGTERM came
+
+
+def note_sigterm():
+    """From now on SIGTERM (a scheduler's warning) is only noted; the second one ends at once.
+
+    torchrun passes on the signal that its whole group got already: within 5 s it is the same one.
+    """
+    def note(*_):
+        if _asked_to_stop and time.monotonic() - _asked_to_stop[0] > 5:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        _asked_to_stop.append(time.monotonic())
+
+    _asked_to_stop.clear()
+    signal.signal(signal.SIGTERM, note)
+
+
+def asked_to_stop() -> bool:
+    """Has any process got SIGTERM? The same answer on all, which must ask at the same point."""
+    return any_process(bool(_asked_to_stop))
+
+
+def exit_stopped(step: int):
+    """End a run that was asked to stop, after its checkpoint."""
+    say(f"stopped by SIGTERM before step {step}: go on with --resume auto")
+    stop()
+    sys.exit(STOPPED)
 
 
 def check_machine(preset: str):
@@ -73,7 +161,6 @@ def start() -> torch.device:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:     # a world of one: any free port
-        import socket
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(s.getsockname()[1])
@@ -86,15 +173,23 @@ def start() -> torch.device:
         # still holds the addresses of its members.
         starts = store.add(f"starts-{rank()}", 1)
         store = dist.PrefixStore(f"start-{starts}", store)
-        # Two hours: one process may verify or evaluate long while the others wait.
+        # One process may sample or verify longer than the others, but not by so much.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank(),
-                                world_size=world_size(), timeout=timedelta(hours=2))
+                                world_size=world_size(),
+                                timeout=timedelta(minutes=COLLECTIVE_MINUTES))
     return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
 
 
 def stop():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def say(text: str):
+    """One line, from the first process."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def barrier():
@@ -119,6 +214,30 @@ def gather(items: list, group_size: int = 1) -> list:
     return [item for part in parts for item in part]
 
 
+def broadcast(value):
+    """The first process's value, on every process."""
+    if world_size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+    return value
+
+
+def any_process(flag: bool) -> bool:
+    """Is the flag set on any process? The same answer on all."""
+    if world_size() == 1:
+        return flag
+    total = torch.tensor(int(flag))
+    dist.all_reduce(total)
+    return bool(total)
+
+
+def all_finite(grad_norm: float, stats: list[dict]) -> bool:
+    """Are all numbers of an update finite, on every process?"""
+    numbers = [grad_norm, *(x for of_row in stats for x in of_row.values())]
+    return not any_process(not all(math.isfinite(float(x)) for x in numbers))
+
+
 def limit_threads(model_path: str):
     """One CPU thread for a tiny model: on tiny tensors a second costs more than it brings, and much
     more on a busy machine. Else as many as torch takes: all cores, or OMP_NUM_THREADS (which
@@ -141,7 +260,8 @@ def load_policy(model_path: str, device: torch.device):
 
     gpu = device.type == "cuda"
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, attn_implementation="flex_attention" if gpu else "sdpa")
+        model_path, dtype=torch.float32, trust_remote_code=False,
+        attn_implementation="flex_attention" if gpu else "sdpa")
     model.to(device)
     if gpu:
         # Recompute activations in backward: a tree of 10k tokens keeps only its layer inputs. HF's
@@ -149,7 +269,8 @@ def load_policy(model_path: str, device: torch.device):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     model.token_logprobs = MethodType(token_logprobs, model)
-    model.dtype_on_disk = AutoConfig.from_pretrained(model_path).dtype or torch.float32
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    model.dtype_on_disk = config.dtype or torch.float32
     if world_size() > 1 or gpu:     # on one GPU for the mixed precision
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         precision = MixedPrecisionPolicy(**(half if gpu else {}))

@@ -77,8 +77,8 @@ class PlainEngine:
         (2**17 tokens of a 1.5B Qwen2 in bfloat16: 3.8 GB, twice that while it is copied)."""
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype,
-                                                          attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.max_batch, self.max_batch_tokens = device, max_batch, max_batch_tokens
         self.waiting: list[Request] = []
@@ -266,7 +266,8 @@ class VllmEngine:
             seed=torch.distributed.get_rank() // tensor_parallel_size,
             **({} if on_gpu else on_cpu)))
         with torch.device("meta"):      # names only: no memory, no numbers
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         self.names = set(model.state_dict())
         self.version = 0
 

@@ -16,7 +16,6 @@ The paper's variance figure is the "variance" block of
         --budgets 2000 4000 6000 8000
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,8 +24,10 @@ from typing import Annotated, Literal
 from tqdm import tqdm
 
 import distributed
-from config import FINAL_TABLES, PRESETS, Config
+from config import FINAL_TABLES, PRESETS, Config, check, refuse_empty
 from curves import (
+    digest,
+    fingerprint,
     paired_differences,
     per_question,
     read_records,
@@ -38,7 +39,7 @@ from curves import (
 from data import Question, load_questions, make_questions, open_tokenizer, set_names
 from engines import make_engine, require_engine
 from plots import draw_curves, labels_of, table
-from reward_function import make_verifier, require_reward
+from reward_function import make_verifier, require_reward, reward_source
 from rollout import Protocol, make_grader, sample_rollouts
 from verifier import Verifier
 from watch import ask
@@ -62,12 +63,12 @@ def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, .
 
 
 def curve_of(records: dict[str, list[dict]], budgets: tuple[int, ...], samples: int,
-             temperature: float, seed: int, group: int = 8) -> dict:
+             temperature: float, seed: int) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of) for name, of in records.items()}
     return {"budgets": list(budgets), **summarise(columns, budgets, seed),
             "samples": samples, "temperature": temperature, "seed": seed,
-            "variance": variance_figure(records, budgets, temperature, group),
+            "variance": variance_figure(records, budgets, temperature),
             "example": next(iter(records.values()))[0]["example"]}
 
 
@@ -94,7 +95,7 @@ def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, 
 
     out = {}
     for number, (name, questions) in enumerate(sets.items()):
-        place = folder / str(number) if folder else None
+        place = folder / f"{number}-{digest(questions)}" if folder else None
         records = read_records(place) if place else []
         known = {r["question"] for r in records}
         bar.update(len(records) * len(budgets) * summaries)
@@ -143,22 +144,39 @@ class Arguments:
 
 
 def settings(a: Arguments) -> Config:
-    """The preset with what the arguments override."""
+    """The preset with what the arguments override; ValueError names a bad one."""
+    if a.summaries < 1:
+        raise ValueError(f"--summaries {a.summaries}: must be at least 1")
+    if a.samples < 0 or a.chunk < 0:
+        raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
              "engine": a.engine, "prompt_template": a.prompt_template,
              "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,
              "reward": a.reward, "max_prompt_tokens": a.max_prompt_tokens}
     given = {name: value for name, value in given.items() if value}
-    if a.questions >= 0:
+    if a.questions != Arguments.questions:
         given["eval_questions"] = a.questions
-    if a.temperature >= 0:
+    if a.temperature != Arguments.temperature:
         given["eval_temperature"] = a.temperature
     return replace(Config(**{**PRESETS[a.preset], **FINAL_TABLES[a.preset], **given}), seed=a.seed,
                    question_field=a.question_field, answer_field=a.answer_field)
 
 
+def output_directory(a: Arguments) -> Path:
+    return Path(a.output_dir or Path(a.models[0]).parent / "evaluation")
+
+
 def prepare(a: Arguments, c: Config) -> dict:
     """{model: (tokenizer, protocol, question sets)}, checked before any weight is loaded."""
+    if not a.models:
+        raise ValueError("no model: name one or more directories or hub names")
+    if "miniature" in a.models:
+        raise ValueError("miniature is no model to evaluate but one that train.py makes: name its "
+                         "directory, runs/.../model")
+    for name in ("samples", "summaries", "questions", "temperature", "seed", "chunk"):
+        if getattr(a, name) < 0 and getattr(a, name) != getattr(Arguments, name):
+            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
+    check(c)
     require_engine(c.engine)
     require_reward(c.reward)
     opened = {}
@@ -177,37 +195,25 @@ def prepare(a: Arguments, c: Config) -> dict:
                                      c.max_prompt_tokens, c.system_prompt, c.chat_template_args)
         protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
         opened[model] = tokenizer, protocol, sets
+    if distributed.rank() == 0 and not a.ask:
+        try:
+            output_directory(a).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--output-dir {output_directory(a)} cannot be written "
+                             f"({e.strerror}): choose another") from None
     return opened
-
-
-def fingerprint(model: str, a: Arguments, c: Config, protocol: Protocol, sets: dict, device) -> str:
-    """A hash of everything that the records depend on: the model's files (a hub name's commit), the
-    questions as tokens, every setting, and the code that samples and grades."""
-    from transformers import AutoConfig
-
-    code = [Path(__file__).with_name(f"{name}.py")
-            for name in ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")]
-    own = Path(c.reward.split(":")[0].replace(".", "/") + ".py")    # a reward function's file
-    code += [own] * own.is_file()
-    digest = hashlib.sha256()
-    for path in [*(sorted(p for p in Path(model).rglob("*") if p.is_file())), *code]:
-        with path.open("rb") as f:
-            digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
-    if not Path(model).is_dir():
-        digest.update(f"{model} {AutoConfig.from_pretrained(model)._commit_hash}".encode())
-    digest.update(repr([device.type, c.engine, c.evaluation_budgets, c.eval_samples, a.summaries,
-                        c.eval_temperature, c.seed, asdict(protocol), sets, c.reward]).encode())
-    return digest.hexdigest()[:16]
 
 
 def main(args: list[str] | None = None):
     import tyro
 
-    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args)
+    refuse_empty(args)
+    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args,
+                 console_outputs=distributed.rank() == 0)
     with distributed.exit_on_bad_input():
         c = settings(a)
         opened = prepare(a, c)
-    output = Path(a.output_dir or Path(a.models[0]).parent / "evaluation")
+    output = output_directory(a)
     labels, curves, records = labels_of(a.models), {}, {}
     with make_verifier(c) as verifier:
         for model, (tokenizer, protocol, sets) in opened.items():
@@ -216,19 +222,22 @@ def main(args: list[str] | None = None):
             engine = make_engine(c.engine, model, device, c.longest_sequence,
                                  kv_cache_gb=c.kv_cache_gb)
             if a.ask:
-                ask(engine, sets[0], c.evaluation_budgets, protocol, tokenizer, c.eval_temperature,
-                    (c.seed, EVALUATION), labels[model])
+                if distributed.rank() == 0:
+                    ask(engine, sets[0], c.evaluation_budgets, protocol, tokenizer,
+                        c.eval_temperature, (c.seed, EVALUATION, 0), labels[model])
                 engine.close()
                 continue
-            folder = (output / "records" / f"{labels[model].replace('/', '-')}-"
-                      f"{fingerprint(model, a, c, protocol, sets, device)}")
+            place = fingerprint(model, device.type, c.engine, c.evaluation_budgets, c.eval_samples,
+                                a.summaries, c.eval_temperature, c.seed, asdict(protocol),
+                                reward_source(c.reward))
+            folder = output / "records" / f"{labels[model].replace('/', '-')}-{place}"
             records[model] = sample_records(
                 engine, sets, c.evaluation_budgets, c.eval_samples, protocol, tokenizer, verifier,
                 c.eval_temperature, c.seed, summaries=a.summaries, folder=folder, chunk=a.chunk,
                 label=labels[model])
             engine.close()
             curves[model] = curve_of(records[model], c.evaluation_budgets, c.eval_samples,
-                                     c.eval_temperature, c.seed, c.num_rollouts)
+                                     c.eval_temperature, c.seed)
     if distributed.rank() == 0 and not a.ask:
         write_results(a, c, output, labels, curves, records, opened)
     distributed.stop()
@@ -260,4 +269,4 @@ def write_results(a: Arguments, c: Config, output: Path, labels: dict[str, str],
 
 
 if __name__ == "__main__":
-    main()
+    distributed.main(main)

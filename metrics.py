@@ -17,11 +17,16 @@ from tqdm import tqdm
 
 import brpo
 import distributed
+from checkpoint import last_good
 from config import Config
 from rollout import readable
 from verifier import LOUD_FAILURE_SHARE, failure_share
 
 EXPECTED_RISE = 0.25            # of anytime accuracy, in the default run
+MAX_SKIPPED = 5                 # updates in a row with a nan or an infinity: then the run stops
+# A step beyond one of these gets a warning: its updates may have destroyed the policy.
+LOUD = {"kl": 0.5, "clip_share": 0.5}
+LOUD_GRAD_NORM = 1e3            # × max_grad_norm, before clipping
 SAMPLES_PER_STEP = 2            # rollouts a step that samples.jsonl keeps as text
 
 
@@ -40,34 +45,68 @@ class Clock:
         self.seconds[f"time/{name}"] = time.perf_counter() - start
 
 
-def log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, clock):
-    """Gather the step's numbers from all processes; the first one prints and writes them."""
+def log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, applied,
+        clock):
+    """Gather the step's numbers from all processes; the first one prints and writes them.
+
+    FloatingPointError on all of them after MAX_SKIPPED updates in a row that were not `applied`.
+    """
     stats = distributed.gather([{k: float(v) for k, v in s.items()} for s in stats])
     graded = distributed.gather([verifier.take_stats()])
-    if distributed.rank() > 0:
-        return
+    for ok in applied:
+        run.skipped = 0 if ok else run.skipped + 1
+    if distributed.rank() == 0:
+        write_and_print(c, run, bar, step, rollouts, rewards, returns, stats, graded, grad_norms,
+                        applied, clock)
+    if run.skipped >= MAX_SKIPPED:
+        raise FloatingPointError(f"{run.skipped} updates in a row had a nan or an infinity. "
+                                 + last_good(run.dir))
+
+
+def write_and_print(c, run, bar, step, rollouts, rewards, returns, stats, graded, grad_norms,
+                    applied, clock):
     grades = {k: sum(g[k] for g in graded) for k in graded[0]}
-    m = without_nan({
+    m = {
         "step": step,
         **rollout_metrics(c, rollouts, rewards, returns),
         **update_metrics(stats, c.updates_per_step), "grad_norm": grad_norms,
+        "skipped_updates": applied.count(False),
         **{f"verifier/{k}": v for k, v in grades.items()},
         **clock.seconds, "time/step": time.perf_counter() - clock.start,
-    })
+    }
     if torch.cuda.is_available():
         m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     with (run.dir / "metrics.jsonl").open("a") as f:
-        f.write(json.dumps(m) + "\n")
-    run.logger.log(step, m)
+        f.write(json.dumps(without_nan(m)) + "\n")
+    run.logger.log(step, without_nan(m))
     write_samples(c, run, step, rollouts)
     bar.update()
     say(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
         f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
         f"loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  clip {m['clip_share']:.3f}  "
         f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s")
+    for warning in warnings(c, m, rollouts, applied, grades):
+        say(f"WARNING step {step}: {warning}")
+
+
+def warnings(c, m: dict, rollouts: list, applied: list[bool], grades: dict) -> list[str]:
+    """What must not pass unseen. `m`: the step's metrics."""
+    found, size = [], len(rollouts) // len(applied)
+    for i, ok in enumerate(applied):
+        if not ok:
+            at = sorted({r.question.index for r in rollouts[i * size:(i + 1) * size]})
+            found.append(f"update {i} had a nan or an infinity, so it was skipped. Questions: {at}")
+    found += [f"{name} {m[name]:.3g} is above {bound}: the policy has moved far in one step"
+              for name, bound in LOUD.items() if m[name] > bound]
+    found += [f"a gradient of norm {norm:.3g} was clipped to {c.max_grad_norm}: only its direction "
+              "is left" for norm in m["grad_norm"]
+              if LOUD_GRAD_NORM * c.max_grad_norm < norm < math.inf]
+    if not any(m["reward"]):
+        found.append("no summary was right: nothing to learn from, or the policy has collapsed")
     if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:
-        say(f"WARNING step {step}: {share:.1%} of the gradings failed and scored 0, which biases "
-            f"rewards: {grades}")
+        found.append(f"{share:.1%} of the gradings failed and scored 0, which biases rewards: "
+                     f"{grades}")
+    return found
 
 
 def say(line: str):
@@ -179,9 +218,16 @@ def without_nan(value):
     return [without_nan(v) for v in value] if isinstance(value, list) else value
 
 
+def first_comparable(history: list[dict]) -> dict:
+    """The earliest evaluation with the settings and questions of the newest."""
+    return next(e for e in history if e.get("settings") == history[-1].get("settings"))
+
+
 def report(c, output_dir: Path, history: list[dict]):
     """One question and the anytime curve before and after training, on the terminal."""
-    before, after = history[0], history[-1]
+    before, after = first_comparable(history), history[-1]
+    if before["step"] > history[0]["step"]:
+        print(f"\nevaluations before step {before['step']} had other settings: not compared")
     question = after["example"]
     print(f"\n{question['question']}   (ground truth {question['ground_truth']})")
     for name, e in (("before", before), ("after", after)):

@@ -15,7 +15,10 @@ repairs errors (large ones). `_write_base` runs on one CPU thread, so that its w
 
 import hashlib
 import json
+import os
 import random
+import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -144,9 +147,13 @@ def load_or_write_base(root: Path, seed: int) -> Path:
     """The directory of the warm-started base, in Hugging Face layout; trained now if it is not cached yet."""
     path = base_path(root, seed)
     if not (path / "config.json").exists():
-        partial = path.with_suffix(".partial")      # renamed when complete: an interrupted warm start leaves no base
+        # Renamed when complete: an interrupted warm start leaves no base. A name of its own: other runs may make it too.
+        partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
         _write_base(partial, seed)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:         # another run was first
+            shutil.rmtree(partial)
     return path
 
 

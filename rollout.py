@@ -221,7 +221,8 @@ def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     cuts, start, draws = [], 0, len(rollout.summaries) // len(budgets)
     for b, s in zip(budgets, rollout.summaries[::draws]):
         cuts.append({"budget": b, "thinking": tokenizer.decode(rollout.thinking[start:s.cut]),
-                     "answer": tokenizer.decode(s.tokens), "score": s.score})
+                     "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
+                     "score": s.score})
         start = s.cut
     return {"question": rollout.question.text, "ground_truth": rollout.question.ground_truth,
             "finish": rollout.finish, "cuts": cuts}

@@ -53,11 +53,20 @@ import brpo
 import checkpoint
 import distributed
 import miniature
+import rundir
 from config import Config, batch_arithmetic, check, parse
-from data import check_attention, load_questions, open_tokenizer, questions_of_step, set_names
+from data import (
+    check_attention,
+    digest_of,
+    load_questions,
+    model_digest,
+    open_tokenizer,
+    questions_of_step,
+    set_names,
+)
 from engines import make_engine, require_engine
 from evaluate import anytime_curve, draw_curves
-from metrics import Clock, Logger, log, report, require_logger, say
+from metrics import Clock, Logger, first_comparable, log, report, require_logger, say
 from packing import Tree, balance, pack
 from reward_function import make_verifier, require_reward
 from rewards import cumulative_returns, mean_rewards
@@ -69,26 +78,27 @@ NOTHING = Tree([0], [], [])     # a row without loss, for a process that has one
 def train(c: Config):
     with distributed.exit_on_bad_input():
         run = prepare(c)
-    device = distributed.start()
-    engine, model, optimizer = load(c, run, device)
-    prior, rank, world = c.budget_prior, distributed.rank(), distributed.world_size()
+        engine, model, optimizer = load(c, run)
+    device, prior = run.device, c.budget_prior
+    rank, world = distributed.rank(), distributed.world_size()
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
     verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
     multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
                disable=rank > 0 or None)        # None: no bar where stderr is no terminal
+    distributed.note_sigterm()
 
     for step in range(run.first_step, run.steps + 1):
         # the anytime curve so far, at step 0 and the end too; and a checkpoint
-        if step in (0, run.steps) or (c.eval_every and step % c.eval_every == 0):
+        stopping = distributed.asked_to_stop()
+        if not stopping and (step in (0, run.steps) or is_due(step, c.eval_every)):
             evaluate_and_draw(c, run, engine, verifier, step)
-        if step > run.first_step and c.save_every and (step % c.save_every == 0
-                                                       or step == run.steps):
-            checkpoint.save_checkpoint(run.dir, step, run.identity, model, optimizer,
-                                       c.keep_checkpoints)
-            checkpoint.drop_rollouts(run.dir, before=step)
-        if step == run.steps:
+        if step > run.first_step and (stopping or is_due(step, c.save_every)
+                                      or (c.save_every and step == run.steps)):
+            checkpoint.save_checkpoint(run.dir, step, run.identity, run.trajectory, model,
+                                       optimizer, c.keep_checkpoints)
+        if stopping or step == run.steps:
             break
         clock = Clock()
 
@@ -118,14 +128,14 @@ def train(c: Config):
             updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
                             for row in plan])
 
-        # log-probs under the weights that sampled, from the trainer itself, in the update's own
-        # rows; the first update still has these weights and takes its own
+        # log-probs under the weights that sampled, by the trainer itself, in the update's rows;
+        # the first update still has these weights and takes its own
         with clock("old_logp"), torch.no_grad():
             old_logps = [[None] * len(updates[0])]
             old_logps += [[model.token_logprobs(row, c.temperature) for row in rows]
                           for rows in updates[1:]]
 
-        stats, grad_norms = [], []
+        stats, grad_norms, applied = [], [], []
         with clock("update"):
             for rows, old in zip(updates, old_logps):
                 for i, (row, old_logp) in enumerate(zip(rows, old)):
@@ -140,19 +150,26 @@ def train(c: Config):
                     gap = brpo.sampler_gap(old_logp, row.sampler_logp, row.trained)
                     stats.append({"loss": loss.detach(), **sums, **gap})
                 grad_norms.append(distributed.clip_gradients(model, c.max_grad_norm))
-                optimizer.step()
+                applied.append(distributed.all_finite(grad_norms[-1], stats[-len(rows):]))
+                if applied[-1]:     # one nan would stay in the weights for good
+                    optimizer.step()
                 optimizer.zero_grad()
 
         with clock("sync"):
             engine.sync_weights(distributed.full_weights(model), version=step + 1)
 
-        log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, clock)
+        log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, applied,
+            clock)
 
     bar.close()
     run.logger.close()
-    checkpoint.save_model(model, run.tokenizer, run.dir / "model")
+    if not stopping:
+        checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
     engine.close()
+    run.leave()
+    if stopping:
+        distributed.exit_stopped(step)
     if rank == 0:
         report(c, run.dir, run.history)
     distributed.stop()
@@ -166,6 +183,8 @@ class Run:
     """What `prepare` found out before any weight was loaded."""
 
     dir: Path
+    lock: object                # the directory is this run's while this file is open
+    device: torch.device
     tokenizer: object
     protocol: Protocol
     questions: list
@@ -173,9 +192,17 @@ class Run:
     steps: int
     checkpoint: Path | None
     first_step: int
-    identity: dict              # every setting that changes the numbers; checkpoints must agree
+    trajectory: str             # digest of the identity and of all rollouts trained on so far
+    identity: dict              # all that changes the numbers; checkpoints must agree
+    evaluation: dict            # all that changes an evaluation; only like ones are compared
     history: list = field(default_factory=list)     # evaluations so far
     logger: Logger | None = None
+    skipped: int = 0            # updates skipped in a row
+
+    def leave(self):
+        """Let go of the directory; only the first process holds it."""
+        if self.lock:
+            self.lock.close()
 
 
 def prepare(c: Config) -> Run:
@@ -189,6 +216,8 @@ def prepare(c: Config) -> Run:
     require_engine(c.engine)
     require_reward(c.reward)
     require_logger(c.logger)
+    device, directory = distributed.start(), Path(c.output_dir)
+    lock = rundir.enter(directory, c.resume)
 
     # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
     free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs",
@@ -196,7 +225,6 @@ def prepare(c: Config) -> Run:
             "num_eval_budgets", "reward_timeout", "logger"}
     settings = json.loads(json.dumps(asdict(c)))
     identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
-    newest, first_step = checkpoint.find(Path(c.output_dir), c.resume, identity)
 
     tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
     check_attention(c.model)
@@ -211,26 +239,30 @@ def prepare(c: Config) -> Run:
     if len(questions) < c.questions_per_step:
         raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than "
                          f"--questions-per-step {c.questions_per_step}: lower it")
+    identity |= {"data": digest_of(questions), "model_files": model_digest(c.model)}
+    newest, first_step, trajectory = checkpoint.find(directory, c.resume, identity)
+    evaluation = {"budgets": list(c.evaluation_budgets), "samples": c.eval_samples,
+                  "temperature": c.eval_temperature, "seed": c.seed,
+                  "data": {name: digest_of(questions) for name, questions in eval_sets.items()}}
     steps = c.steps or c.epochs * (len(questions) // c.questions_per_step)
     if steps < first_step:
         raise ValueError(f"{newest} is at step {first_step}, beyond --steps {steps}: raise it")
     if distributed.rank() == 0:
         print(batch_arithmetic(c, world), *(f"  {line}" for line in reports), sep="\n")
         print(f"  {steps} steps from {first_step}" + (f" (resuming {newest})" if newest else ""))
-    return Run(Path(c.output_dir), tokenizer, protocol, questions, eval_sets, steps, newest,
-               first_step, identity)
+    return Run(directory, lock, device, tokenizer, protocol, questions, eval_sets, steps, newest,
+               first_step, trajectory, identity, evaluation)
 
 
-def load(c: Config, run: Run, device):
+def load(c: Config, run: Run):
     """Engine, model and optimizer at the first step. The engine first: it takes its memory before
     training does."""
+    device = run.device
     if distributed.rank() == 0:
-        checkpoint.begin_files(run.dir, asdict(c), run.first_step, bool(run.checkpoint))
+        run.history = rundir.begin(run.dir, run.checkpoint, run.first_step)
         if c.model == "miniature":
             miniature.load_or_write_base(Path("runs"), c.seed)
-    distributed.barrier()
-    evaluations = (run.dir / "evals.jsonl").read_text().splitlines()
-    run.history = [json.loads(line) for line in evaluations]
+    run.history = distributed.broadcast(run.history)
     run.logger = Logger(c.logger, run.dir, asdict(c))
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()       # a log file is no place for bars
@@ -247,6 +279,8 @@ def load(c: Config, run: Run, device):
     if run.checkpoint:
         checkpoint.load_checkpoint(run.checkpoint, model, optimizer)
         engine.sync_weights(distributed.full_weights(model), version=run.first_step)
+    if distributed.rank() == 0:     # last: with it the directory holds a run, which --resume wants
+        rundir.write(run.dir / "config.json", json.dumps(asdict(c), indent=1))
     return engine, model, optimizer
 
 
@@ -256,8 +290,10 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
     From here on every process holds the whole batch and computes the same advantages and metrics.
     """
     questions = questions_of_step(run.questions, step, c.questions_per_step, c.seed)
-    path = run.dir / "rollouts" / f"step-{step:08d}.pkl"
-    rollouts = checkpoint.load_rollouts(path, run.identity)     # sampled before an interruption?
+    path = run.dir / "rollouts" / f"step-{step:08d}.json"
+    rollouts, trajectory = checkpoint.load_rollouts(       # sampled before an interruption?
+        path, run.trajectory, questions, c.num_rollouts,
+        len(c.budget_prior.budgets) * c.num_summaries)
     if rollouts is None:
         mine = distributed.share(questions, c.tensor_parallel_size)
         rollouts = sample_rollouts(engine, mine, c.budget_prior.budgets, c.num_rollouts,
@@ -266,26 +302,33 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
         rollouts = distributed.gather(rollouts, c.tensor_parallel_size)
         place = {q.index: i for i, q in enumerate(questions)}
         rollouts.sort(key=lambda r: (place[r.question.index], r.sample))
-        if distributed.rank() == 0:
-            checkpoint.save_rollouts(path, run.identity, rollouts)
+        trajectory = checkpoint.save_rollouts(path, run.trajectory, rollouts)
+        if not c.save_every:    # no checkpoint will ever cover them
+            rundir.drop_rollouts(run.dir, before=step)
+    run.trajectory = trajectory
     return rollouts
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
     """The anytime curve of this step, into eval.json and the picture, unless a resumed run has
     it."""
-    if any(e["step"] == step for e in run.history):
+    if any(e["step"] == step and e.get("settings") == run.evaluation for e in run.history):
         return
     curve = anytime_curve(engine, run.eval_sets, c.evaluation_budgets, c.eval_samples, run.protocol,
                           run.tokenizer, verifier, c.eval_temperature, c.seed,
                           c.tensor_parallel_size)
-    run.history.append({"step": step, **curve})
+    run.history.append({"step": step, **curve, "settings": run.evaluation})
     if distributed.rank() == 0:
         with (run.dir / "evals.jsonl").open("a") as f:
             f.write(json.dumps(run.history[-1]) + "\n")
-        result = {**run.history[-1], "before": run.history[0]}
-        (run.dir / "eval.json").write_text(json.dumps(result, indent=1))
-        draw_curves({f"step {e['step']}": e for e in (run.history[0], run.history[-1])},
+        before = first_comparable(run.history)
+        result = {**run.history[-1], "before": before}
+        rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
+        draw_curves({f"step {e['step']}": e for e in (before, run.history[-1])},
                     run.dir / "anytime_curve.png")
         logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
         run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
@@ -294,4 +337,4 @@ def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
 
 
 if __name__ == "__main__":
-    train(parse())
+    distributed.main(lambda: train(parse()))

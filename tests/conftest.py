@@ -71,11 +71,18 @@ def run_script(script: str, *args, processes: int = 0, expect: int = 0, cwd=None
         text=True,
         cwd=cwd or ROOT,
         timeout=240,
+        env=alone(),
     )
     assert done.returncode == expect or (expect and done.returncode), (
         f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )
     return done.stdout + done.stderr
+
+
+def alone() -> dict:
+    """The environment without what a run inside this process has left in it."""
+    left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in left}
 
 
 def free_port() -> int:

@@ -270,6 +270,27 @@ def test_batches_are_bounded_by_tokens(engine, monkeypatch):
     assert engine.step() == []
 
 
+def test_one_token_steps_give_the_same_tokens_one_at_a_time(engine):
+    requests = [
+        Request(str(i), (19, 38, 9, 3)[: 2 + i % 3], 4 + i, (2,), request_seed(1, i), 1.0)
+        for i in range(6)
+    ]
+    whole = finish(engine, requests)
+    stepped = {r.id: [] for r in requests}
+    engine.one_token_steps = True
+    try:
+        for r in requests:
+            engine.add(r)
+        while engine.has_work():
+            for out in engine.step():
+                assert len(out.tokens) == len(out.logp) == 1
+                stepped[out.id] += out.tokens
+                assert out.finished == (len(stepped[out.id]) == len(whole[out.id].tokens))
+    finally:
+        engine.one_token_steps = False
+    assert stepped == {name: out.tokens for name, out in whole.items()}
+
+
 def test_sampler_logprobs_are_the_trainers(engine, tokenizer, tiny_model_path):
     from packing import pack, token_logprobs
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, alone, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import checkpoint
@@ -179,6 +179,7 @@ def kill_in_step(args, out, step: int, processes: int):
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=alone(),
     )
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
@@ -238,15 +239,17 @@ def test_rollouts_already_sampled_are_trained_on_not_sampled_again(
         "--model",
         str(trained_model_path),
         "--save-every",
-        "0",
+        "20",
         "--output-dir",
         str(broken),
         *SMALL,
     ]
-    train.train(parse([*args, "--steps", "2"]))
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_checkpoint", lambda *_: None)
+        train.train(parse([*args, "--steps", "2"]))
     assert sorted(p.name for p in (broken / "rollouts").iterdir()) == [
-        "step-00000000.pkl",
-        "step-00000001.pkl",
+        "step-00000000.json",
+        "step-00000001.json",
     ]
     before = metrics_of(broken)
 
@@ -255,6 +258,7 @@ def test_rollouts_already_sampled_are_trained_on_not_sampled_again(
 
     with monkeypatch.context() as m:
         m.setattr(train, "sample_rollouts", refuse)
+        m.setattr(checkpoint, "save_checkpoint", lambda *_: None)
         m.setattr(train, "evaluate_and_draw", lambda *_: None)
         m.setattr(train, "report", lambda *_: None)
         train.train(parse([*args, "--steps", "2", "--resume", "auto"]))
@@ -272,7 +276,8 @@ def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
     ]
     identity = json.loads((out / "checkpoints" / "step-00000004" / "run.json").read_text())
     assert identity.pop("step") == 4
-    assert checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", identity) == 4
+    start = checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", identity)
+    assert start.step == 4 and start.trajectory == identity["trajectory"]
     with pytest.raises(ValueError, match="of another run: lr"):
         checkpoint.check_checkpoint(out / "checkpoints" / "step-00000004", {**identity, "lr": 1.0})
     with pytest.raises(ValueError, match="no complete checkpoint"):
@@ -305,7 +310,8 @@ def test_bad_input_is_refused_before_anything_is_paid_for(
         args += ["--output-dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=complaint):
         train.prepare(parse(args))
-    assert not (tmp_path / "out").exists()
+    left = (tmp_path / "out").glob("*")
+    assert {p.name for p in left} <= {"lock"}  # so that the corrected command is taken
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
@@ -360,3 +366,12 @@ def test_every_kind_of_experiment_trains(experiment, trained_model_path, tmp_pat
         1 if experiment == "grpo" else 4
     )
     assert not (tmp_path / "o" / "checkpoints").exists()
+
+
+def test_a_resumed_run_does_the_logs_behind_its_checkpoint_again(tmp_path):
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(4))
+    for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+        (tmp_path / name).write_text(lines + '{"step": 4, "torn')
+    checkpoint.begin_files(tmp_path, {}, first_step=2, resumed=True)
+    kept = {p.name: len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")}
+    assert kept == {"metrics.jsonl": 2, "samples.jsonl": 2, "evals.jsonl": 3}
