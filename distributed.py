@@ -246,7 +246,8 @@ def limit_threads(model_path: str):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):      # counts without memory
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config)
     if model.num_parameters() < FEW_PARAMETERS:
         torch.set_num_threads(1)
 

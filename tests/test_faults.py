@@ -30,6 +30,7 @@ import metrics
 import miniature
 import models
 import rundir
+import startup
 import train
 from config import check, parse
 from data import Question
@@ -409,7 +410,7 @@ def test_a_refusal_while_loading_leaves_the_directory_free(
 
     args = arguments(tiny_model_path, tmp_path / "out", "--steps", 1)
     with monkeypatch.context() as m:
-        m.setattr(train, "make_engine", refuse)
+        m.setattr(startup, "make_engine", refuse)
         with pytest.raises(SystemExit) as e:
             train.train(parse(args))
         assert e.value.code == 2
