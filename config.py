@@ -30,7 +30,7 @@ class Kind:
 class Method:
     """The method, with the paper's symbols."""
 
-    max_budget: int = 48                # b_M, the largest thinking budget in tokens.
+    max_budget: int = 64                # b_M, the largest thinking budget in tokens.
     num_budgets: int = 4                # M, evenly spaced.
     prior: Literal["uniform", "linear", "base"] = "uniform"  # P_j over the budgets.
     # b_1 < ... < b_M by hand, any spacing; replaces max_budget and num_budgets.
@@ -61,9 +61,11 @@ class Optimisation:
     questions_per_step: int = 16        # B, questions sampled per step.
     # Optimizer steps per sampling step, each on B / updates_per_step questions.
     updates_per_step: int = 2
-    steps: int = 60  # Sampling steps; 0: as many as `epochs` passes over the questions take.
+    steps: int = 50  # Sampling steps; 0: as many as `epochs` passes over the questions take.
     epochs: int = 1                     # Passes over the questions, where steps is 0.
-    lr: float = 3e-4                    # AdamW's learning rate, constant.
+    lr: float = 1.5e-4                  # AdamW's learning rate at the first step.
+    # constant (the paper's), or linear: down to 0 over the run, so that its last step is not luck.
+    lr_schedule: Literal["constant", "linear"] = "linear"
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates.
     weight_decay: float = 0.0           # AdamW's weight decay.
     clip: float = 0.2                   # ε of the clipped ratio.
@@ -101,7 +103,7 @@ class EngineAndMemory:
     engine: Literal["plain", "vllm"] = "plain"
     tensor_parallel_size: int = 1       # Processes that share one vLLM engine.
     # Training memory: tokens per packed row, one row a forward; a longer tree gets its own row.
-    max_tokens_per_row: int = 1024
+    max_tokens_per_row: int = 512
     kv_cache_gb: float = 1.0            # Sampling memory: vLLM's KV cache per process.
     verifier_workers: int = 2           # Grading processes per training process.
 
@@ -120,7 +122,7 @@ class Run:
     save_every: int = 20                # Steps between checkpoints; 0: none, except on SIGTERM.
     keep_checkpoints: int = 2           # The newest ones are kept.
     # Steps between evaluations (besides those at step 0 and the end); 0: only those two.
-    eval_every: int = 20
+    eval_every: int = 25
     num_eval_budgets: int = 8           # Points of the anytime curve, evenly spaced up to b_M.
     # The points of the curve by hand; replaces num_eval_budgets.
     eval_budgets: tuple[int, ...] = ()
@@ -200,7 +202,7 @@ PAPER_8K = {
     "max_budget": 8000, "max_summary_tokens": 118, "max_appended_tokens": 10,
     "summary_loss": "sum", "num_rollouts": 8,
     "questions_per_step": 64, "updates_per_step": 2, "steps": 0, "epochs": 1,
-    "lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.01,
+    "lr": 1e-6, "lr_schedule": "constant", "betas": (0.9, 0.999), "weight_decay": 0.01,
     "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "train_data": "deepscaler",
     # While training, the two small sets: 113 questions × 32 samples are 3616 traces, each of up to
     # 8000 tokens and 32 summaries: at most 43M tokens, what 8 training steps sample.
@@ -344,6 +346,11 @@ def check_processes(c: Config, world_size: int) -> None:
     if c.questions_per_step % samplers:
         raise ValueError(f"--questions-per-step {c.questions_per_step} does not divide over "
                          f"{samplers} sampling processes: make it a multiple")
+
+
+def learning_rate(config: Config, step: int, steps: int) -> float:
+    """The rate of one of `steps` sampling steps, counted from 0."""
+    return config.lr * (1 - step / steps) if config.lr_schedule == "linear" else config.lr
 
 
 def flag(name: str) -> str:

@@ -101,8 +101,8 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
             raise ValueError(f"{path}, {where}: half of a surrogate pair (\\ud800 to \\udfff) is "
                              "no text: write the whole character") from None
         # To Python a bool is a number, to a grader true is not 1.
-        if not need_ground_truth or (not isinstance(truth, bool)
-                                     and is_valid_ground_truth(truth)):
+        gradable = not isinstance(truth, bool) and is_valid_ground_truth(truth)
+        if gradable or not need_ground_truth:
             rows.append((question, truth))
         else:
             dropped += 1

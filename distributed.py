@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
 from packing import token_logprobs
 
 STOPPED = 143               # exit code after SIGTERM, as shells report it
+FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
 FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 
@@ -245,7 +246,8 @@ def limit_threads(model_path: str):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):      # counts without memory
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config)
     if model.num_parameters() < FEW_PARAMETERS:
         torch.set_num_threads(1)
 

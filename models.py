@@ -91,7 +91,7 @@ def check_attention(model: str):
     if model == "miniature":
         return
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window))
     if kinds - {"full_attention"}:

@@ -149,18 +149,17 @@ def dense_mask(row: Row) -> Tensor:
 def flex_mask(row: Row):
     """The same rule as a BlockMask for FlexAttention, which skips blocks where nothing is visible.
 
-    A token sees two intervals of the row: its trunk up to the cut, its own branch up to itself.
-    So the visible pairs of each block are counted in T · T/128 steps; create_block_mask, which
-    evaluates the rule on every pair, takes T · T.
+    A token sees two intervals, its trunk up to the cut and its own branch up to itself: so visible
+    pairs are counted by block, in T²/128 steps where create_block_mask takes T². T % 128 = 0.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     n, size = len(row.input_ids), 128
     index = torch.arange(n, device=row.input_ids.device)
-    blocks = index[::size]
 
-    def keys_in(start, end):        # of each block, how many keys in [start, end): [T, T/128]
-        return (end[:, None].clamp_max(blocks + size) - start[:, None].clamp_min(blocks)).relu()
+    def keys_in(start, end):        # how many keys of each block are in [start, end): [T, T/128]
+        left, right = index[::size], index[::size] + size
+        return (end[:, None].clamp_max(right) - start[:, None].clamp_min(left)).relu()
 
     first = torch.searchsorted(row.branch, torch.stack([row.trunk, row.branch]))    # ids ascend
     pairs = keys_in(first[0], row.trunk_end) + keys_in(first[1], index + 1)
@@ -185,7 +184,6 @@ def flex_mask(row: Row):
 def compiled_whole():
     """An error where the compiler gives up: it would go on with T x T scores without a word."""
     from torch._dynamo import config, error_on_graph_break
-
     with config.patch(fail_on_recompile_limit_hit=True), error_on_graph_break(True):
         yield
 
@@ -203,13 +201,12 @@ def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024)
     if implementation not in ("flex_attention", "sdpa"):
         raise ValueError(f"attention {implementation!r} cannot take a tree mask: load the model "
                          "with attn_implementation='sdpa' or 'flex_attention'")
-    flex = implementation == "flex_attention"
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    flex, decoder = implementation == "flex_attention", model.get_decoder()
+    head = model.get_output_embeddings()
     with compiled_whole() if flex else nullcontext():
-        hidden = decoder(
-            input_ids=row.input_ids[None], position_ids=row.position_ids[None],
-            attention_mask=row.block_mask if flex else dense_mask(row),
-            use_cache=False).last_hidden_state[0]                                       # [T, D]
+        mask = row.block_mask if flex else dense_mask(row)
+        hidden = decoder(input_ids=row.input_ids[None], position_ids=row.position_ids[None],
+                         attention_mask=mask, use_cache=False).last_hidden_state[0]     # [T, D]
 
     def chunk_logprobs(h: Tensor, targets: Tensor) -> Tensor:
         logits = head(h).float() / temperature                                          # [chunk, V]

@@ -190,7 +190,7 @@ def open_config(model: str):
         with torch.device("meta"):
             return miniature.make_model().config
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise ValueError(f"--model {model}: its config.json is neither here nor can it be fetched "
                          "from the hub. Copy that one file into a directory and pass the "

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 START_TIMEOUT = 300.0           # seconds for importing the module, which may load a judge's weights
 
@@ -129,6 +130,13 @@ def make_verifier(c):
     if c.reward == "math":
         return Verifier(c.verifier_workers)
     return RewardFunction(c.reward, c.verifier_workers, c.reward_timeout)
+
+
+def reward_source(name: str) -> str:
+    """The name and, where it is a file in the current directory, the text of the function's module:
+    scores that are kept are of this text."""
+    path = Path(name.partition(":")[0].replace(".", "/") + ".py")
+    return name + (path.read_text() if path.is_file() else "")
 
 
 def require_reward(name: str):

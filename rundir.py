@@ -142,7 +142,7 @@ def begin(output_dir: Path, checkpoint: Path | None, first_step: int) -> list[di
             path.rename(fresh(path.with_name(path.name + ".abandoned")))
             say(f"renamed {path} to {path.name}.abandoned: this run starts before it")
     source = output_dir
-    if checkpoint and not (output_dir / "metrics.jsonl").exists():
+    if checkpoint and not (output_dir / "evals.jsonl").exists():    # written last, below
         source = checkpoint.resolve().parents[1]
     first_evaluation = first_step + 1 if checkpoint else 0      # the checkpoint's own step has one
     for name, first in (("metrics.jsonl", first_step), ("samples.jsonl", first_step),

@@ -30,6 +30,7 @@ import metrics
 import miniature
 import models
 import rundir
+import startup
 import train
 from config import check, parse
 from data import Question
@@ -390,9 +391,11 @@ def test_history_comes_along_and_is_compared_only_where_it_agrees(
 ):
     args = arguments(trained_model_path, tmp_path / "new", "--steps", 4, "--save-every", 2)
     args[args.index("--eval-budgets") + 1] = "24"  # was 12 48
+    (tmp_path / "new").mkdir()  # what a kill left of the first try
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
     train.train(parse([*args, "--resume", str(copy / "checkpoints" / "step-00000002")]))
     lines = [json.loads(x) for x in (tmp_path / "new" / "evals.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["budgets"]) for e in lines] == [(0, [12, 48]), (4, [24, 48])]
+    assert [(e["step"], e["budgets"]) for e in lines] == [(0, [16, 64]), (4, [24, 48])]
     assert [m["step"] for m in metrics_of(tmp_path / "new")] == [0, 1, 2, 3]
     text = capsys.readouterr().out
     assert "evaluations before step 4 had other settings: not compared" in text
@@ -407,7 +410,7 @@ def test_a_refusal_while_loading_leaves_the_directory_free(
 
     args = arguments(tiny_model_path, tmp_path / "out", "--steps", 1)
     with monkeypatch.context() as m:
-        m.setattr(train, "make_engine", refuse)
+        m.setattr(startup, "make_engine", refuse)
         with pytest.raises(SystemExit) as e:
             train.train(parse(args))
         assert e.value.code == 2

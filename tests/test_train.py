@@ -18,21 +18,9 @@ import train
 from config import parse
 
 SMALL = [
-    "--questions-per-step",
-    "4",
-    "--num-rollouts",
-    "4",
-    "--num-summaries",
-    "2",
-    "--eval-questions",
-    "6",
-    "--eval-samples",
-    "1",
-    "--eval-budgets",
-    "12",
-    "48",
-    "--max-tokens-per-row",
-    "600",
+    *("--questions-per-step", "4", "--num-rollouts", "4", "--num-summaries", "2"),
+    *("--eval-questions", "6", "--eval-samples", "1", "--eval-budgets", "16", "64"),
+    *("--max-tokens-per-row", "600", "--lr-schedule", "constant"),
 ]
 
 
@@ -81,7 +69,7 @@ def test_a_run_leaves_everything_it_promises(unbroken, trained_model_path):
     config = json.loads((out / "config.json").read_text())
     assert (
         config["budgets"] == []
-        and config["max_budget"] == 48
+        and config["max_budget"] == 64
         and config["experiment"] == "ar-uniform"
     )
     metrics = metrics_of(out)
@@ -93,13 +81,13 @@ def test_a_run_leaves_everything_it_promises(unbroken, trained_model_path):
         assert m["anytime_reward"] == pytest.approx(sum(m["reward"]) / 4)
         assert m["closed"] + m["eos"] + m["length"] == pytest.approx(1)
     result = json.loads((out / "eval.json").read_text())
-    assert result["step"] == 4 and result["before"]["step"] == 0 and result["budgets"] == [12, 48]
+    assert result["step"] == 4 and result["before"]["step"] == 0 and result["budgets"] == [16, 64]
     assert (
         result["anytime_accuracy"] == pytest.approx(sum(result["accuracy"]) / 2)
         and result["final_accuracy"] == result["accuracy"][-1]
     )
     assert (out / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert "step    3" in text and "16 thinking traces of up to 48 tokens" in text
+    assert "step    3" in text and "16 thinking traces of up to 64 tokens" in text
 
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(out / "model"),
