@@ -79,13 +79,14 @@ def main(args: list[str]) -> bool:
 
     distributed.start()
     base = miniature.base_path(Path("runs"), c.seed) if c.model == "miniature" else c.model
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0   # closed engines' rest
     model = distributed.load_policy(str(base), device)
     verdicts.add("a tree against separate sequences", tree_against_separate(model, device), limit)
     if device.type == "cuda":
         verdicts.add("FlexAttention against dense", flex_against_dense(model, device), limit)
     else:
         verdicts.skip("FlexAttention against dense", "trains on GPUs only")
-    verdicts.memory(model, device, full)
+    verdicts.memory(model, device, full, before)
     for name, seconds in second.items():
         if name.startswith("time/"):
             verdicts.skip(f"a small step, {name.removeprefix('time/')}", f"{seconds:.1f} s")
@@ -132,12 +133,11 @@ class Verdicts:
         if distributed.rank() == 0:
             print(f"{verdict}  {part:52} {numbers}", flush=True)
 
-    def memory(self, model, device, full: Config):
+    def memory(self, model, device, full: Config, before: int):
         """One update at the real row length, and what the sampler will hold beside it."""
         if device.type == "cpu":
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             return self.skip("memory", f"{rss:.1f} GiB at the peak of this process")
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         tokens = row_tokens(full)
@@ -151,7 +151,7 @@ class Verdicts:
         sampler = full.kv_cache_gb * (full.engine == "vllm") + 2 / GIB / full.tensor_parallel_size \
             * sum(p.numel() for p in model.parameters())
         total = torch.cuda.get_device_properties(device).total_memory / GIB
-        used = torch.cuda.max_memory_reserved() / GIB + sampler
+        used = (torch.cuda.max_memory_allocated() - before) / GIB + sampler
         self.add(f"memory: a row of {tokens} tokens, and the sampler", used, 0.9 * total, " GiB")
 
 
