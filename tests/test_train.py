@@ -14,6 +14,7 @@ from conftest import ROOT, alone, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import checkpoint
+import rundir
 import train
 from config import parse
 
@@ -360,6 +361,6 @@ def test_a_resumed_run_does_the_logs_behind_its_checkpoint_again(tmp_path):
     lines = "".join(json.dumps({"step": step}) + "\n" for step in range(4))
     for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
         (tmp_path / name).write_text(lines + '{"step": 4, "torn')
-    checkpoint.begin_files(tmp_path, {}, first_step=2, resumed=True)
+    rundir.begin(tmp_path, tmp_path / "checkpoints/step-00000002", first_step=2)
     kept = {p.name: len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")}
     assert kept == {"metrics.jsonl": 2, "samples.jsonl": 2, "evals.jsonl": 3}
