@@ -30,6 +30,16 @@ sys.path.insert(0, str(ROOT))
 for variable in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(variable, "1")
 
+# What a run imports only when it comes to it; here once for all of them.
+import matplotlib.pyplot  # noqa: E402, F401
+from transformers import (  # noqa: E402, F401
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2ForCausalLM,
+)
+
 import distributed  # noqa: E402
 import miniature  # noqa: E402
 import train  # noqa: E402
@@ -136,6 +146,7 @@ def main():
     work = Path(tempfile.mkdtemp(prefix="kill-anywhere-"))
     miniature.WARM_START |= {"steps": 100, "batch": 32}
     if (child := os.fork()) == 0:       # torch's threads would not survive a later fork
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         miniature._write_base(work / "base", 0)
         os._exit(0)
     os.waitpid(child, 0)
