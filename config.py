@@ -30,7 +30,7 @@ class Kind:
 class Method:
     """The method, with the paper's symbols."""
 
-    max_budget: int = 48                # b_M, the largest thinking budget in tokens.
+    max_budget: int = 64                # b_M, the largest thinking budget in tokens.
     num_budgets: int = 4                # M, evenly spaced.
     prior: Literal["uniform", "linear", "base"] = "uniform"  # P_j over the budgets.
     # b_1 < ... < b_M by hand, any spacing; replaces max_budget and num_budgets.
@@ -61,9 +61,11 @@ class Optimisation:
     questions_per_step: int = 16        # B, questions sampled per step.
     # Optimizer steps per sampling step, each on B / updates_per_step questions.
     updates_per_step: int = 2
-    steps: int = 60  # Sampling steps; 0: as many as `epochs` passes over the questions take.
+    steps: int = 50  # Sampling steps; 0: as many as `epochs` passes over the questions take.
     epochs: int = 1                     # Passes over the questions, where steps is 0.
-    lr: float = 3e-4                    # AdamW's learning rate, constant.
+    lr: float = 1.5e-4                  # AdamW's learning rate at the first step.
+    # constant (the paper's), or linear: down to 0 over the run, so that its last step is not luck.
+    lr_schedule: Literal["constant", "linear"] = "linear"
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates.
     weight_decay: float = 0.0           # AdamW's weight decay.
     clip: float = 0.2                   # ε of the clipped ratio.
@@ -84,7 +86,13 @@ class ModelAndData:
     question_field: str = "problem"     # Column of the question in files.
     answer_field: str = "answer"        # Column of the ground truth in files.
     prompt_template: str = "{question}"  # The user message.
+    system_prompt: str = ""             # The system message; "": none of ours.
+    # Arguments of the model's chat template, as name=value (Qwen3: enable_thinking=true).
+    chat_template_args: tuple[str, ...] = ()
     max_prompt_tokens: int = 12         # Longer prompts are dropped, with a count.
+    # "math" (the verifier), or module:function(summary, ground_truth, question) -> float in [0, 1].
+    reward: str = "math"
+    reward_timeout: float = 10.0        # Seconds for one call of that function.
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class EngineAndMemory:
     engine: Literal["plain", "vllm"] = "plain"
     tensor_parallel_size: int = 1       # Processes that share one vLLM engine.
     # Training memory: tokens per packed row, one row a forward; a longer tree gets its own row.
-    max_tokens_per_row: int = 1024
+    max_tokens_per_row: int = 512
     kv_cache_gb: float = 1.0            # Sampling memory: vLLM's KV cache per process.
     verifier_workers: int = 2           # Grading processes per training process.
 
@@ -106,12 +114,15 @@ class Run:
 
     seed: int = 0  # Decides the warm start, the order of questions and every sampled token.
     output_dir: str = ""                # Default: runs/<preset>-<experiment>-seed<seed>.
+    # Curves and the evaluation's figure beside metrics.jsonl, which is always written.
+    # (Not --log: torchrun takes that for one of its own.)
+    logger: Literal["none", "wandb", "tensorboard"] = "none"
     # auto: from the newest checkpoint in output_dir (or start, without one); or a checkpoint.
     resume: str = ""
     save_every: int = 20                # Steps between checkpoints; 0: none, except on SIGTERM.
     keep_checkpoints: int = 2           # The newest ones are kept.
     # Steps between evaluations (besides those at step 0 and the end); 0: only those two.
-    eval_every: int = 20
+    eval_every: int = 25
     num_eval_budgets: int = 8           # Points of the anytime curve, evenly spaced up to b_M.
     # The points of the curve by hand; replaces num_eval_budgets.
     eval_budgets: tuple[int, ...] = ()
@@ -146,6 +157,12 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         even = tuple(largest * j // n for j in range(1, n + 1))
         chosen = self.eval_budgets or even
         return BudgetPrior(chosen, prior_probs("uniform", chosen)).budgets
+
+    @property
+    def question_options(self) -> dict:
+        """How rows become questions: the keywords of data.load_questions."""
+        return {"need_ground_truth": self.reward == "math", "system_prompt": self.system_prompt,
+                "chat_template_args": self.chat_template_args}
 
     @property
     def longest_sequence(self) -> int:
@@ -185,7 +202,7 @@ PAPER_8K = {
     "max_budget": 8000, "max_summary_tokens": 118, "max_appended_tokens": 10,
     "summary_loss": "sum", "num_rollouts": 8,
     "questions_per_step": 64, "updates_per_step": 2, "steps": 0, "epochs": 1,
-    "lr": 1e-6, "betas": (0.9, 0.999), "weight_decay": 0.01,
+    "lr": 1e-6, "lr_schedule": "constant", "betas": (0.9, 0.999), "weight_decay": 0.01,
     "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "train_data": "deepscaler",
     # While training, the two small sets: 113 questions × 32 samples are 3616 traces, each of up to
     # 8000 tokens and 32 summaries: at most 43M tokens, what 8 training steps sample.
@@ -280,7 +297,7 @@ RANGES = {
     "seed": (0, 2**63 - 1), "probs": (0, 1), "decay": (TINY, 1), "lr": (TINY, 1),
     "betas": (0, 1 - 1e-9), "weight_decay": (0, 1), "clip": (TINY, 1e3), "sampler_cap": (0, 1e6),
     "max_grad_norm": (TINY, 1e9), "temperature": (TINY, 100), "eval_temperature": (0, 100),
-    "kv_cache_gb": (TINY, 1e5),
+    "kv_cache_gb": (TINY, 1e5), "reward_timeout": (TINY, 1e5),
 }
 
 
@@ -329,6 +346,11 @@ def check_processes(c: Config, world_size: int) -> None:
     if c.questions_per_step % samplers:
         raise ValueError(f"--questions-per-step {c.questions_per_step} does not divide over "
                          f"{samplers} sampling processes: make it a multiple")
+
+
+def learning_rate(config: Config, step: int, steps: int) -> float:
+    """The rate of one of `steps` sampling steps, counted from 0."""
+    return config.lr * (1 - step / steps) if config.lr_schedule == "linear" else config.lr
 
 
 def flag(name: str) -> str:

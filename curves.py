@@ -10,6 +10,7 @@ standard error by the bootstrap over questions: samples of one question are not 
 Randomness: numpy, from the seed alone.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 import brpo
 from budgets import prior_probs
 from metrics import without_nan
+from models import model_digest
 from rewards import cumulative_returns, mean_rewards
 from rollout import Rollout, readable
 
@@ -31,13 +33,28 @@ SHARE = 0.9
 def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     """What is kept of a trace. The very first one is kept as text, too."""
     draws = len(r.summaries) // len(budgets)
-    scores = [int(s.score) for s in r.summaries]
+    # Verdicts as whole numbers, which read and store better; a reward function may score between.
+    scores = [s.score if s.score % 1 else int(s.score) for s in r.summaries]
     is_first = r.question.index == r.sample == 0
     first = {"example": readable(r, budgets, tokenizer)} if is_first else {}
     return {"question": r.question.index, "sample": r.sample, "finish": r.finish,
             "thinking_tokens": len(r.thinking),
             "summary_tokens": sum(len(s.tokens) for s in r.summaries) / len(r.summaries),
             "scores": [scores[i:i + draws] for i in range(0, len(scores), draws)], **first}
+
+
+def digest(*values) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: str, reward: str, *settings) -> str:
+    """A hash of all that records depend on, besides their questions: the model's files (a hub
+    name's commit), the code that samples and grades, a reward function's file, the settings."""
+    ours = ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")
+    code = [Path(__file__).with_name(f"{name}.py") for name in ours]
+    code.append(Path(reward.split(":")[0].replace(".", "/") + ".py"))
+    code = [path.read_bytes() for path in code if path.is_file()]
+    return digest(model_digest(model) or model, code, reward, settings)
 
 
 def read_records(place: Path) -> list[dict]:
@@ -157,16 +174,17 @@ def _spread(drawn: np.ndarray) -> np.ndarray:
 
 
 def variance_figure(sets: dict[str, list[dict]], budgets: tuple[int, ...], temperature: float,
-                    group: int) -> dict | None:
+                    group: int = 8) -> dict | None:
     """The paper's variance figure, on evaluation data: Var[R-V]/Var[R] and Corr[V, R] per segment.
 
     As in the authors' code: a uniform prior over 4 even budgets whatever the training's prior; the
-    samples of a question in groups of G = `group` (the training's; one smaller group if there are
-    fewer), V2 the mean of such a group; over rollouts with tokens in the segment; set by set, and
-    then the mean over sets. Not the paper's unless T = 0.6, G = 8, A = 4 and b_M = 8000: `paper`
-    says what its figure shows, only then. (The figure that training draws of its own rollouts, at
-    its own temperature and prior, is variance_trained/* in metrics.jsonl.) None where the 4 budgets
-    are not among those evaluated.
+    samples of a question in groups of G = `group` (8 as in the paper's training; one smaller group
+    if there are fewer), V2 the mean of such a group, the rollout itself included; over rollouts
+    with tokens in the segment; set by set, and then the mean over sets. loo and fitted are ours.
+
+    Not the paper's unless T = 0.6, G = 8, A = 4 and b_M = 8000: only then does `paper` say what its
+    figure shows. (The same of training's own rollouts, at their temperature and prior, is
+    variance_trained/* in metrics.jsonl.) None where the 4 budgets are not among those evaluated.
     """
     quarters = [budgets[-1] * j // 4 for j in (1, 2, 3, 4)]
     if any(b not in budgets for b in quarters) or budgets[-1] % 4:

@@ -8,32 +8,22 @@ turned into prompts by the model's own tokenizer. Their order is a function of (
 import hashlib
 import json
 import os
-import socket
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
 import miniature
+from models import first_line, skip_unreachable_hub
 from verifier import is_valid_ground_truth
 
 # name -> (hub dataset repository, file, question field, answer field)
 NAMED_SETS = {
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json",
                    "problem", "answer"),
-    "aime2024": ("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet",
-                 "problem", "answer"),
-    "amc2022": ("AI-MO/aimo-validation-amc", "data/train-00000-of-00001.parquet",
-                "problem", "answer"),
-    "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem", "answer"),
-    "minerva": ("math-ai/minervamath", "test.jsonl", "question", "answer"),
-    "olympiadbench": ("Hothan/OlympiadBench",
-                      "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
-                      "question", "final_answer"),
 }
 # The five files that the paper's numbers are on, from its authors' repository at one commit, with
 # their SHA-256; "paper" stands for all five. Minerva lists several accepted answers for 75 of its
@@ -70,10 +60,12 @@ class Question:
 
 
 def load_rows(source: str, question_field: str = "problem", answer_field: str = "answer",
-              split: str = "train") -> tuple[list[tuple[str, object]], int]:
+              split: str = "train",
+              need_ground_truth: bool = True) -> tuple[list[tuple[str, object]], int]:
     """(question, ground_truth) rows of a file, a named set or the miniature's `split`, and a count.
 
     The count is of rows dropped for a ground truth of None or blank: no answer could ever score.
+    A reward function of the user's own may do without (need_ground_truth False): all are kept.
     ValueError names the file, the row and the fix.
     """
     if source == "miniature":
@@ -92,12 +84,12 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
         if not isinstance(record, dict):
             raise ValueError(f"{path}, {where}: expected an object with {question_field!r} and "
                              f"{answer_field!r}, got {str(record)[:60]!r}")
-        for name in (question_field, answer_field):
+        for name in (question_field, answer_field)[:1 + need_ground_truth]:
             if name not in record:
                 raise ValueError(f"{path}, {where}: no field {name!r} (it has "
                                  f"{', '.join(record)}): name the right ones with --question-field "
                                  "and --answer-field")
-        question, truth = record[question_field], record[answer_field]
+        question, truth = record[question_field], record.get(answer_field)
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{path}, {where}: {question_field!r} is not a text: "
                              f"{str(question)[:60]!r}")
@@ -109,7 +101,8 @@ def load_rows(source: str, question_field: str = "problem", answer_field: str = 
             raise ValueError(f"{path}, {where}: half of a surrogate pair (\\ud800 to \\udfff) is "
                              "no text: write the whole character") from None
         # To Python a bool is a number, to a grader true is not 1.
-        if not isinstance(truth, bool) and is_valid_ground_truth(truth):
+        gradable = not isinstance(truth, bool) and is_valid_ground_truth(truth)
+        if gradable or not need_ground_truth:
             rows.append((question, truth))
         else:
             dropped += 1
@@ -162,27 +155,6 @@ def _parse(text: str, path: Path, number: int):
                          f"({first_line(e)})") from None
 
 
-def first_line(e: Exception) -> str:
-    """Of libraries' errors, which go on for paragraphs."""
-    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"
-
-
-def skip_unreachable_hub():
-    """Use only what is on this machine where the hub cannot be reached: found out here in seconds,
-    by the hub's client in minutes of retries for every file."""
-    from huggingface_hub import constants
-
-    address = urlsplit(constants.ENDPOINT)
-    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    if constants.HF_HUB_OFFLINE or any(os.environ.get(p) for p in proxies):
-        return
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), timeout=5).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-
-
 def _download(name: str) -> tuple[Path, str, str]:
     from huggingface_hub import hf_hub_download
 
@@ -226,104 +198,28 @@ def fetch_paper_set(name: str) -> Path:
     return path
 
 
-def open_tokenizer(model: str, longest_sequence: int):
-    """(tokenizer, end-of-text ids of the generation config), before any weight is loaded.
-
-    Raises ValueError when the model cannot be found, or its context is shorter than
-    `longest_sequence`, the prompt + b_M + summary of this run.
-    """
-    if model == "miniature":
-        tokenizer, eos = miniature.make_tokenizer(), None
-        context = miniature.MODEL["max_position_embeddings"]
-    else:
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-        if not Path(model).is_dir():
-            skip_unreachable_hub()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        except Exception as e:      # the parsers of tokenizer.json raise plain Exception
-            raise ValueError(f"--model {model}: no model directory or hub name that can be read "
-                             f"({first_line(e)})") from e
-        check_weights(model, config, len(tokenizer))
-        context = config.max_position_embeddings
-        try:
-            eos = GenerationConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
-        except OSError:     # a model need not ship one
-            eos = None
-    if longest_sequence > context:
-        raise ValueError(f"max_prompt_tokens + largest budget + summary, appended text included, = "
-                         f"{longest_sequence} tokens, but {model} has a context of {context}: "
-                         "lower the budgets or max_prompt_tokens")
-    return tokenizer, [eos] if isinstance(eos, int) else eos or []
-
-
-def check_weights(model: str, config, vocabulary: int):
-    """ValueError where a model cannot be trained here, or its files are not those of its config.
-
-    From headers alone: transformers fills weights that are missing with random ones, and goes on.
-    """
-    import torch
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):      # names and shapes only
-            made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        _ = made.get_decoder().layers
-    except (ValueError, AttributeError):
-        raise ValueError(f"--model {model} is a {config.model_type}: use a decoder-only language "
-                         "model (Qwen, Llama, ...)") from None
-    rows = made.get_input_embeddings().weight.shape[0]
-    if vocabulary > rows:
-        raise ValueError(f"--model {model}: its tokenizer has {vocabulary} tokens, its weights "
-                         f"only {rows}: one of them is of another model")
-    if not Path(model).is_dir():
-        return
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"--model {model} has no *.safetensors file: save the model with "
-                         "save_pretrained, or download it again")
-    shapes = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:     # checks the file's length too
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is truncated or damaged ({first_line(e)}): get it "
-                             "again") from None
-    tied = set(getattr(made, "all_tied_weights_keys", None) or ())
-    wanted = {name: tuple(p.shape) for name, p in made.named_parameters(remove_duplicate=False)}
-    wrong = [name for name, shape in wanted.items()
-             if shapes.get(name, None if name not in tied else shape) != shape]
-    if wrong:
-        raise ValueError(f"--model {model}: {len(wrong)} weights are missing or have another shape "
-                         f"than config.json says ({wrong[0]}, ...): get the model again")
-
-
-def model_digest(model: str) -> str:
-    """What a resumed run must find unchanged: a directory's files, or the hub's revision."""
-    if model == "miniature":
-        return ""           # made from the run's own settings
-    if not Path(model).is_dir():
-        from transformers import AutoConfig
-        return getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "_commit_hash",
-                       None) or ""
-    total = hashlib.sha256()
-    for path in sorted(p for p in Path(model).iterdir() if p.is_file()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model"):
-            with path.open("rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 def digest_of(questions: list[Question]) -> str:
     rows = [[q.text, q.ground_truth, q.prompt] for q in questions]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
-                   max_prompt_tokens: int) -> tuple[list[Question], int]:
+def chat_options(pairs: tuple[str, ...]) -> dict:
+    """("enable_thinking=true", "name=text") -> {"enable_thinking": True, "name": "text"}."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--chat-template-args {pair}: write name=value")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def make_questions(rows: list[tuple[str, object]], tokenizer, template: str, max_prompt_tokens: int,
+                   system_prompt: str = "", chat_template_args: tuple[str, ...] = ()
+                   ) -> tuple[list[Question], int]:
     """Apply the prompt template and the model's chat template; drop overlong prompts.
 
     Returns the questions and how many were dropped. An R1-style chat template opens the thinking
@@ -332,16 +228,20 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
     if "{question}" not in template:
         raise ValueError(f"--prompt-template {template!r} has no {{question}} in it: all prompts "
                          "would be the same")
-    questions, dropped = [], 0
+    questions, dropped, options = [], 0, chat_options(chat_template_args)
+    system = [{"role": "system", "content": system_prompt}] * bool(system_prompt)
     for text, truth in rows:
         # Not str.format: questions and templates are full of braces of their own.
-        message = [{"role": "user", "content": template.replace("{question}", text)}]
+        message = [*system, {"role": "user", "content": template.replace("{question}", text)}]
         try:
             rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True,
-                                                     tokenize=False)
+                                                     tokenize=False, **options)
         except Exception as e:      # jinja's own, or none at all
             raise ValueError(f"the chat template of {tokenizer.name_or_path} does not work "
                              f"({first_line(e)}): repair or add it") from None
+        if rendered.rstrip().endswith("</think>"):
+            raise ValueError("the chat template closes the thinking before it begins: switch it on "
+                             "(Qwen3: --chat-template-args enable_thinking=true)")
         prompt = tuple(tokenizer.encode(rendered, add_special_tokens=False))
         if len(prompt) <= max_prompt_tokens:
             questions.append(Question(len(questions), text, truth, prompt))
@@ -355,11 +255,12 @@ def make_questions(rows: list[tuple[str, object]], tokenizer, template: str,
 
 def load_questions(source: str, tokenizer, template: str, max_prompt_tokens: int,
                    question_field: str = "problem", answer_field: str = "answer",
-                   split: str = "train", limit: int = 0) -> tuple[list[Question], str]:
+                   split: str = "train", limit: int = 0,
+                   need_ground_truth: bool = True, **chat) -> tuple[list[Question], str]:
     """The first `limit` (0: all) questions of a source, and a line that counts the dropped."""
-    rows, invalid = load_rows(source, question_field, answer_field, split)
+    rows, invalid = load_rows(source, question_field, answer_field, split, need_ground_truth)
     questions, overlong = make_questions(rows[:limit or None], tokenizer, template,
-                                         max_prompt_tokens)
+                                         max_prompt_tokens, **chat)
     return questions, (f"{source}: {len(questions)} questions ({invalid} dropped without a ground "
                        f"truth, {overlong} longer than {max_prompt_tokens} prompt tokens)")
 

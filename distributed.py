@@ -30,7 +30,9 @@ from torch.distributed.fsdp import (
 from packing import token_logprobs
 
 STOPPED = 143               # exit code after SIGTERM, as shells report it
+FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
+FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 
 
 def main(run: Callable):
@@ -237,6 +239,19 @@ def all_finite(grad_norm: float, stats: list[dict]) -> bool:
     return not any_process(not all(math.isfinite(float(x)) for x in numbers))
 
 
+def limit_threads(model_path: str):
+    """One CPU thread for a tiny model: on tiny tensors a second costs more than it brings, and much
+    more on a busy machine. Else as many as torch takes: all cores, or OMP_NUM_THREADS (which
+    torchrun sets to 1 for several processes, unless it is set)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):      # counts without memory
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config)
+    if model.num_parameters() < FEW_PARAMETERS:
+        torch.set_num_threads(1)
+
+
 def load_policy(model_path: str, device: torch.device):
     """The trainable model: float32 weights, bfloat16 compute on GPUs, sharded with FSDP2.
 
@@ -250,20 +265,27 @@ def load_policy(model_path: str, device: torch.device):
         model_path, dtype=torch.float32, trust_remote_code=False,
         attn_implementation="flex_attention" if gpu else "sdpa")
     model.to(device)
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    model.dtype_on_disk = config.dtype or torch.float32
+    return make_trainable(model, gpu)
+
+
+def make_trainable(model, gpu: bool, mesh=None):
+    """Recomputation, the forward of training, and shards over `mesh` (None: over all processes)."""
     if gpu:
         # Recompute activations in backward: a tree of 10k tokens keeps only its layer inputs. HF's
         # own checkpointing leaves the parameter names alone, a wrapper would not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     model.token_logprobs = MethodType(token_logprobs, model)
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    model.dtype_on_disk = config.dtype or torch.float32
     if world_size() > 1 or gpu:     # on one GPU for the mixed precision
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         precision = MixedPrecisionPolicy(**(half if gpu else {}))
         for layer in model.get_decoder().layers:
-            fully_shard(layer, mp_policy=precision)
-        fully_shard(model, mp_policy=precision)
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(model, mesh=mesh, mp_policy=precision)
+        # A process whose rows hold no trained token does not use an untied head; the others do.
+        model.set_reduce_scatter_unused_params(True)
         register_fsdp_forward_method(model, "token_logprobs")
     return model
 

@@ -16,7 +16,6 @@ The paper's variance figure is the "variance" block of
         --budgets 2000 4000 6000 8000
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +26,8 @@ from tqdm import tqdm
 import distributed
 from config import FINAL_TABLES, PRESETS, Config, check, refuse_empty
 from curves import (
+    digest,
+    fingerprint,
     paired_differences,
     per_question,
     read_records,
@@ -35,16 +36,11 @@ from curves import (
     variance_figure,
     write_records,
 )
-from data import (
-    Question,
-    load_questions,
-    make_questions,
-    model_digest,
-    open_tokenizer,
-    set_names,
-)
+from data import Question, load_questions, make_questions, set_names
 from engines import make_engine, require_engine
+from models import open_tokenizer
 from plots import draw_curves, labels_of, table
+from reward_function import make_verifier, require_reward
 from rollout import Protocol, make_grader, sample_rollouts
 from verifier import Verifier
 from watch import ask
@@ -68,12 +64,12 @@ def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, .
 
 
 def curve_of(records: dict[str, list[dict]], budgets: tuple[int, ...], samples: int,
-             temperature: float, seed: int, group: int = 8) -> dict:
+             temperature: float, seed: int) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of) for name, of in records.items()}
     return {"budgets": list(budgets), **summarise(columns, budgets, seed),
             "samples": samples, "temperature": temperature, "seed": seed,
-            "variance": variance_figure(records, budgets, temperature, group),
+            "variance": variance_figure(records, budgets, temperature),
             "example": next(iter(records.values()))[0]["example"]}
 
 
@@ -100,7 +96,7 @@ def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, 
 
     out = {}
     for number, (name, questions) in enumerate(sets.items()):
-        place = folder / str(number) if folder else None
+        place = folder / f"{number}-{digest(questions)}" if folder else None
         records = read_records(place) if place else []
         known = {r["question"] for r in records}
         bar.update(len(records) * len(budgets) * summaries)
@@ -137,19 +133,27 @@ class Arguments:
     seed: int = 0                       # Decides every sampled token, and the bootstrap.
     engine: Literal["", "plain", "vllm"] = ""   # Sampling by transformers or by vLLM.
     prompt_template: str = ""           # The user message, with {question}.
+    system_prompt: str = ""             # The system message.
+    chat_template_args: tuple[str, ...] = ()    # Of the chat template, as name=value.
     max_prompt_tokens: int = 0          # Longer prompts are dropped, with a count.
     question_field: str = "problem"     # Column of the question in files.
     answer_field: str = "answer"        # Column of the ground truth in files.
+    reward: str = ""                    # "math", or module:function, as in training.
     chunk: int = 0                      # Questions between two writes of the records; 0: automatic.
     # Where the results go; default: evaluation/ beside the first model.
     output_dir: str = ""
 
 
 def settings(a: Arguments) -> Config:
-    """The preset with what the arguments override."""
+    """The preset with what the arguments override; ValueError names a bad one."""
+    if a.summaries < 1:
+        raise ValueError(f"--summaries {a.summaries}: must be at least 1")
+    if a.samples < 0 or a.chunk < 0:
+        raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
              "engine": a.engine, "prompt_template": a.prompt_template,
-             "max_prompt_tokens": a.max_prompt_tokens}
+             "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,
+             "reward": a.reward, "max_prompt_tokens": a.max_prompt_tokens}
     given = {name: value for name, value in given.items() if value}
     if a.questions != Arguments.questions:
         given["eval_questions"] = a.questions
@@ -175,6 +179,7 @@ def prepare(a: Arguments, c: Config) -> dict:
             raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
     check(c)
     require_engine(c.engine)
+    require_reward(c.reward)
     opened = {}
     for model in a.models:
         tokenizer, eos = open_tokenizer(model, c.max_prompt_tokens + c.evaluation_budgets[-1]
@@ -183,12 +188,12 @@ def prepare(a: Arguments, c: Config) -> dict:
         for name in [] if a.ask else set_names(c.eval_data):
             sets[name], report = load_questions(
                 name, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field,
-                c.answer_field, "test", c.eval_questions)
+                c.answer_field, "test", c.eval_questions, **c.question_options)
             if distributed.rank() == 0 and model == a.models[0]:
                 print(report)
         if a.ask:
             sets, _ = make_questions([(a.ask, "")], tokenizer, c.prompt_template,
-                                     c.max_prompt_tokens)
+                                     c.max_prompt_tokens, c.system_prompt, c.chat_template_args)
         protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
         opened[model] = tokenizer, protocol, sets
     if distributed.rank() == 0 and not a.ask:
@@ -198,19 +203,6 @@ def prepare(a: Arguments, c: Config) -> dict:
             raise ValueError(f"--output-dir {output_directory(a)} cannot be written "
                              f"({e.strerror}): choose another") from None
     return opened
-
-
-def fingerprint(model: str, a: Arguments, c: Config, protocol: Protocol, sets: dict, device) -> str:
-    """A hash of everything that the records depend on: the model's files (a hub name's commit), the
-    questions as tokens, every setting, and the code that samples and grades."""
-    code = [Path(__file__).with_name(f"{name}.py")
-            for name in ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")]
-    digest = hashlib.sha256(f"{model_digest(model) or model}".encode())
-    for path in code:
-        digest.update(path.name.encode() + path.read_bytes())
-    digest.update(repr([device.type, c.engine, c.evaluation_budgets, c.eval_samples, a.summaries,
-                        c.eval_temperature, c.seed, asdict(protocol), sets]).encode())
-    return digest.hexdigest()[:16]
 
 
 def main(args: list[str] | None = None):
@@ -224,26 +216,29 @@ def main(args: list[str] | None = None):
         opened = prepare(a, c)
     output = output_directory(a)
     labels, curves, records = labels_of(a.models), {}, {}
-    with Verifier(c.verifier_workers) as verifier:
+    with make_verifier(c) as verifier:
         for model, (tokenizer, protocol, sets) in opened.items():
             # For each model: a vLLM engine ends the group of processes when it closes.
             device = distributed.start()
             engine = make_engine(c.engine, model, device, c.longest_sequence,
                                  kv_cache_gb=c.kv_cache_gb)
             if a.ask:
-                ask(engine, sets[0], c.evaluation_budgets, protocol, tokenizer, c.eval_temperature,
-                    (c.seed, EVALUATION), labels[model])
+                if distributed.rank() == 0:
+                    ask(engine, sets[0], c.evaluation_budgets, protocol, tokenizer,
+                        c.eval_temperature, (c.seed, EVALUATION, 0), labels[model])
                 engine.close()
                 continue
-            folder = (output / "records" / f"{labels[model].replace('/', '-')}-"
-                      f"{fingerprint(model, a, c, protocol, sets, device)}")
+            place = fingerprint(model, c.reward, device.type, c.engine, c.evaluation_budgets,
+                                c.eval_samples, a.summaries, c.eval_temperature, c.seed,
+                                asdict(protocol))
+            folder = output / "records" / f"{labels[model].replace('/', '-')}-{place}"
             records[model] = sample_records(
                 engine, sets, c.evaluation_budgets, c.eval_samples, protocol, tokenizer, verifier,
                 c.eval_temperature, c.seed, summaries=a.summaries, folder=folder, chunk=a.chunk,
                 label=labels[model])
             engine.close()
             curves[model] = curve_of(records[model], c.evaluation_budgets, c.eval_samples,
-                                     c.eval_temperature, c.seed, c.num_rollouts)
+                                     c.eval_temperature, c.seed)
     if distributed.rank() == 0 and not a.ask:
         write_results(a, c, output, labels, curves, records, opened)
     distributed.stop()

@@ -3,8 +3,10 @@
 The README explains each key: what it is, and which values are healthy.
 """
 
+import importlib.util
 import json
 import math
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -76,14 +78,15 @@ def write_and_print(c, run, bar, step, rollouts, rewards, returns, stats, graded
         m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     with (run.dir / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(without_nan(m)) + "\n")
+    run.logger.log(step, without_nan(m))
     write_samples(c, run, step, rollouts)
     bar.update()
-    tqdm.write(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
-               f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
-               f"loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  clip {m['clip_share']:.3f}  "
-               f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s")
+    say(f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
+        f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
+        f"loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  clip {m['clip_share']:.3f}  "
+        f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s")
     for warning in warnings(c, m, rollouts, applied, grades):
-        tqdm.write(f"WARNING step {step}: {warning}")
+        say(f"WARNING step {step}: {warning}")
 
 
 def warnings(c, m: dict, rollouts: list, applied: list[bool], grades: dict) -> list[str]:
@@ -104,6 +107,63 @@ def warnings(c, m: dict, rollouts: list, applied: list[bool], grades: dict) -> l
         found.append(f"{share:.1%} of the gradings failed and scored 0, which biases rewards: "
                      f"{grades}")
     return found
+
+
+def say(line: str):
+    """A line above the progress bar, if there is one, and at once: somebody may follow a log."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def require_logger(kind: str):
+    """ValueError where the logger's package is missing."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ValueError(f"--logger {kind}, but {kind} is not installed: pip install {kind}, or "
+                         "leave it out (metrics.jsonl is always written)")
+
+
+class Logger:
+    """Beside metrics.jsonl, the first process alone: the same keys in wandb or TensorBoard."""
+
+    def __init__(self, kind: str, output_dir: Path, config: dict):
+        self.kind = kind if distributed.rank() == 0 else "none"
+        if self.kind == "wandb":
+            import wandb
+            self.run, self.image = wandb.init(project="anytime-reasoner", name=output_dir.name,
+                                              dir=str(output_dir), config=config), wandb.Image
+        elif self.kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            self.run = SummaryWriter(str(output_dir / "tensorboard"))
+
+    def log(self, step: int, values: dict, picture: Path | None = None):
+        values = flat({k: v for k, v in values.items() if k != "step"})
+        if self.kind == "wandb":
+            self.run.log(values | ({"anytime_curve": self.image(str(picture))} if picture else {}),
+                         step=step)
+        elif self.kind == "tensorboard":
+            for name, value in values.items():
+                self.run.add_scalar(name, value, step)
+            if picture:
+                from matplotlib.pyplot import imread
+                self.run.add_image("anytime_curve", imread(picture), step, dataformats="HWC")
+            self.run.flush()
+
+    def close(self):
+        if self.kind != "none":
+            self.run.finish() if self.kind == "wandb" else self.run.close()
+
+
+def flat(values: dict) -> dict[str, float]:
+    """Numbers alone: a list becomes key/1, key/2, ...; a dict key/name. None and text are left."""
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            value = {str(i): v for i, v in enumerate(value, 1)}
+        if isinstance(value, dict):
+            out |= {f"{key}/{name}": v for name, v in flat(value).items()}
+        elif isinstance(value, (int, float)):
+            out[key] = value
+    return out
 
 
 def write_samples(c, run, step: int, rollouts):

@@ -13,11 +13,12 @@ tokens, 4 budgets and 4 summaries a row has about 10,000 tokens instead of about
 same log-probs and gradients up to rounding.
 
 T is the row's tokens, V the vocabulary, D the hidden size. This file works when copied alone, under
-any name but `tree.py`: torch's compiler never traces a file of that name (it takes it for the
-package dm-tree), so FlexAttention would fall back to dense scores of size T x T without a word.
+any name but `tree.py`: torch's compiler skips files of that name (it takes them for dm-tree).
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 
 import torch
@@ -66,7 +67,11 @@ class Row:
     sampler_logp: Tensor    # float32, nan where unknown
 
     def to(self, device) -> "Row":
-        return Row(**{name: value.to(device) for name, value in vars(self).items()})
+        return Row(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+
+    @cached_property
+    def block_mask(self):
+        return flex_mask(self)      # built once, however many forwards the row goes through
 
 
 def pack(trees: list[Tree], multiple: int = 1) -> Row:
@@ -144,19 +149,43 @@ def dense_mask(row: Row) -> Tensor:
 def flex_mask(row: Row):
     """The same rule as a BlockMask for FlexAttention, which skips blocks where nothing is visible.
 
-    The row's length must be a multiple of 128, FlexAttention's block size.
+    A token sees two intervals, its trunk up to the cut and its own branch up to itself: so visible
+    pairs are counted by block, in T²/128 steps where create_block_mask takes T². T % 128 = 0.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
+
+    n, size = len(row.input_ids), 128
+    index = torch.arange(n, device=row.input_ids.device)
+
+    def keys_in(start, end):        # how many keys of each block are in [start, end): [T, T/128]
+        left, right = index[::size], index[::size] + size
+        return (end[:, None].clamp_max(right) - start[:, None].clamp_min(left)).relu()
+
+    first = torch.searchsorted(row.branch, torch.stack([row.trunk, row.branch]))    # ids ascend
+    pairs = keys_in(first[0], row.trunk_end) + keys_in(first[1], index + 1)
+    pairs = pairs.view(-1, size, n // size).sum(1)                              # [T/128, T/128]
+
+    def listed(chosen):     # per block of queries: how many blocks of keys; their indices first
+        order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1).int()[None, None], order.int()[None, None]
 
     # Local tensors instead of `row`: the compiler turns captured tensors into inputs of the graph,
     # and so need not compile again for every row.
     branch, trunk, trunk_end = row.branch, row.trunk, row.trunk_end
-    n = len(row.input_ids)
 
     def rule(batch, head, q, k):
         return is_visible(q, k, branch, trunk, trunk_end)
 
-    return create_block_mask(rule, None, None, n, n, device=row.input_ids.device)
+    full = pairs == size * size
+    return BlockMask.from_kv_blocks(*listed((pairs > 0) & ~full), *listed(full), size, rule, (n, n))
+
+
+@contextmanager
+def compiled_whole():
+    """An error where the compiler gives up: it would go on with T x T scores without a word."""
+    from torch._dynamo import config, error_on_graph_break
+    with config.patch(fail_on_recompile_limit_hit=True), error_on_graph_break(True):
+        yield
 
 
 def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024) -> Tensor:
@@ -172,10 +201,12 @@ def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024)
     if implementation not in ("flex_attention", "sdpa"):
         raise ValueError(f"attention {implementation!r} cannot take a tree mask: load the model "
                          "with attn_implementation='sdpa' or 'flex_attention'")
-    mask = flex_mask(row) if implementation == "flex_attention" else dense_mask(row)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    hidden = decoder(input_ids=row.input_ids[None], position_ids=row.position_ids[None],
-                     attention_mask=mask, use_cache=False).last_hidden_state[0]         # [T, D]
+    flex, decoder = implementation == "flex_attention", model.get_decoder()
+    head = model.get_output_embeddings()
+    with compiled_whole() if flex else nullcontext():
+        mask = row.block_mask if flex else dense_mask(row)
+        hidden = decoder(input_ids=row.input_ids[None], position_ids=row.position_ids[None],
+                         attention_mask=mask, use_cache=False).last_hidden_state[0]     # [T, D]
 
     def chunk_logprobs(h: Tensor, targets: Tensor) -> Tensor:
         logits = head(h).float() / temperature                                          # [chunk, V]

@@ -23,6 +23,7 @@ from brpo import token_advantages
 from budgets import cut_lengths
 from engines import Output, Request
 from packing import Branch, Tree
+from reward_function import RewardFunction
 from rewards import answer_paragraph, has_one_think_end
 
 THINK_END = "</think>"
@@ -206,7 +207,10 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
         appended, answer = decode(summary.appended), decode(summary.tokens)
         if not has_one_think_end(thinking, appended, answer, THINK_END):
             return None
-        return verifier.submit(answer_paragraph(answer), rollout.question.ground_truth)
+        question = rollout.question
+        if isinstance(verifier, RewardFunction):
+            return verifier.submit(answer, question.ground_truth, question.text)
+        return verifier.submit(answer_paragraph(answer), question.ground_truth)
 
     return grade
 
@@ -217,7 +221,8 @@ def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     cuts, start, draws = [], 0, len(rollout.summaries) // len(budgets)
     for b, s in zip(budgets, rollout.summaries[::draws]):
         cuts.append({"budget": b, "thinking": tokenizer.decode(rollout.thinking[start:s.cut]),
-                     "answer": tokenizer.decode(s.tokens), "score": s.score})
+                     "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
+                     "score": s.score})
         start = s.cut
     return {"question": rollout.question.text, "ground_truth": rollout.question.ground_truth,
             "finish": rollout.finish, "cuts": cuts}

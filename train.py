@@ -38,11 +38,10 @@ Departures from the paper, and from the authors' code where the two differ:
     first step rate 0, so it moves nothing.
 14. The updates of a step are split strictly by question: the authors' mix a few percent of the
     second half's questions into the first.
+15. The miniature's learning rate falls linearly to 0; the paper presets keep it constant.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -50,24 +49,16 @@ from tqdm import tqdm
 import brpo
 import checkpoint
 import distributed
-import miniature
 import rundir
-from config import Config, batch_arithmetic, check, parse
-from data import (
-    digest_of,
-    load_questions,
-    model_digest,
-    open_tokenizer,
-    questions_of_step,
-    set_names,
-)
-from engines import make_engine, require_engine
+from config import Config, learning_rate, parse
+from data import questions_of_step
 from evaluate import anytime_curve, draw_curves
-from metrics import Clock, first_comparable, log, report
+from metrics import Clock, first_comparable, log, report, say
 from packing import Tree, balance, pack
+from reward_function import make_verifier
 from rewards import cumulative_returns, mean_rewards
-from rollout import Protocol, cuts_of, make_grader, sample_rollouts, scores_of, to_tree
-from verifier import Verifier
+from rollout import cuts_of, make_grader, sample_rollouts, scores_of, to_tree
+from startup import Run, load, prepare
 
 NOTHING = Tree([0], [], [])     # a row without loss, for a process that has one row fewer
 
@@ -79,12 +70,11 @@ def train(c: Config):
     device, prior = run.device, c.budget_prior
     rank, world = distributed.rank(), distributed.world_size()
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
-    verifier = Verifier(c.verifier_workers)
+    verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
-    # On a GPU only a few row lengths: FlexAttention needs multiples of 128.
-    multiple = max(128, c.max_tokens_per_row // 4 // 128 * 128) if device.type == "cuda" else 1
+    multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
-               disable=rank > 0)
+               disable=rank > 0 or None)        # None: no bar where stderr is no terminal
     distributed.note_sigterm()
 
     for step in range(run.first_step, run.steps + 1):
@@ -126,17 +116,21 @@ def train(c: Config):
             updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
                             for row in plan])
 
-        # log-probs under the weights that sampled, by the trainer itself, in the update's rows
+        # log-probs under the weights that sampled, by the trainer itself, in the update's rows; the
+        # first update still has these weights and takes its own
         with clock("old_logp"), torch.no_grad():
-            old_logps = [[model.token_logprobs(row, c.temperature) for row in rows]
-                         for rows in updates]
+            old_logps = [[None] * len(updates[0])]
+            old_logps += [[model.token_logprobs(row, c.temperature) for row in rows]
+                          for rows in updates[1:]]
 
+        optimizer.param_groups[0]["lr"] = learning_rate(c, step, run.steps)
         stats, grad_norms, applied = [], [], []
         with clock("update"):
             for rows, old in zip(updates, old_logps):
                 for i, (row, old_logp) in enumerate(zip(rows, old)):
                     distributed.accumulate(model, last=i == len(rows) - 1)
                     logp = model.token_logprobs(row, c.temperature)
+                    old_logp = logp.detach() if old_logp is None else old_logp
                     weight = brpo.sampler_weight(old_logp, row.sampler_logp, c.sampler_cap)
                     loss, sums = brpo.policy_loss(logp, old_logp, row.advantages, row.trained,
                                                   c.denominator, c.clip, weight)
@@ -157,6 +151,7 @@ def train(c: Config):
             clock)
 
     bar.close()
+    run.logger.close()
     if not stopping:
         checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
@@ -169,107 +164,7 @@ def train(c: Config):
     distributed.stop()
 
 
-# ---------------------------------------------------------------------------------- around the loop
-
-
-@dataclass
-class Run:
-    """What `prepare` found out before any weight was loaded."""
-
-    dir: Path
-    lock: object                # the directory is this run's while this file is open
-    device: torch.device
-    tokenizer: object
-    protocol: Protocol
-    questions: list
-    eval_sets: dict
-    steps: int
-    checkpoint: Path | None
-    first_step: int
-    trajectory: str             # digest of the identity and of all rollouts trained on so far
-    identity: dict              # all that changes the numbers; checkpoints must agree
-    evaluation: dict            # all that changes an evaluation; only like ones are compared
-    history: list = field(default_factory=list)     # evaluations so far
-    skipped: int = 0            # updates skipped in a row
-
-    def leave(self):
-        """Let go of the directory; only the first process holds it."""
-        if self.lock:
-            self.lock.close()
-
-
-def prepare(c: Config) -> Run:
-    """Check all that can be checked without weights.
-
-    ValueError names the flag, file or row, and the fix.
-    """
-    world = distributed.world_size()
-    check(c, world)
-    distributed.check_machine(c.preset)
-    require_engine(c.engine)
-    device, directory = distributed.start(), Path(c.output_dir)
-    lock = rundir.enter(directory, c.resume)
-
-    # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
-    free = {"output_dir", "resume", "save_every", "keep_checkpoints", "steps", "epochs",
-            "verifier_workers", "kv_cache_gb", "tensor_parallel_size", "max_tokens_per_row",
-            "num_eval_budgets"}
-    settings = json.loads(json.dumps(asdict(c)))
-    identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
-
-    tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
-    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
-    how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
-    questions, report = load_questions(c.train_data, *how)
-    reports, eval_sets = [report], {}
-    for name in set_names(c.eval_data):
-        eval_sets[name], report = load_questions(name, *how, "test", c.eval_questions)
-        reports.append(report)
-    if len(questions) < c.questions_per_step:
-        raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than "
-                         f"--questions-per-step {c.questions_per_step}: lower it")
-    identity |= {"data": digest_of(questions), "model_files": model_digest(c.model)}
-    newest, first_step, trajectory = checkpoint.find(directory, c.resume, identity)
-    evaluation = {"budgets": list(c.evaluation_budgets), "samples": c.eval_samples,
-                  "temperature": c.eval_temperature, "seed": c.seed,
-                  "data": {name: digest_of(questions) for name, questions in eval_sets.items()}}
-    steps = c.steps or c.epochs * (len(questions) // c.questions_per_step)
-    if steps < first_step:
-        raise ValueError(f"{newest} is at step {first_step}, beyond --steps {steps}: raise it")
-    if distributed.rank() == 0:
-        print(batch_arithmetic(c, world), *(f"  {line}" for line in reports), sep="\n")
-        print(f"  {steps} steps from {first_step}" + (f" (resuming {newest})" if newest else ""))
-    return Run(directory, lock, device, tokenizer, protocol, questions, eval_sets, steps, newest,
-               first_step, trajectory, identity, evaluation)
-
-
-def load(c: Config, run: Run):
-    """Engine, model and optimizer at the first step. The engine first: it takes its memory before
-    training does."""
-    device = run.device
-    if distributed.rank() == 0:
-        run.history = rundir.begin(run.dir, run.checkpoint, run.first_step)
-        if c.model == "miniature":
-            miniature.load_or_write_base(Path("runs"), c.seed)
-    run.history = distributed.broadcast(run.history)
-
-    path = str(miniature.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
-    if device.type == "cpu":
-        # Tiny tensors: a second thread costs more than it brings, and much more on a busy machine.
-        # Before the engine: once vLLM runs on a CPU, this call does nothing.
-        torch.set_num_threads(1)
-    engine = make_engine(c.engine, path, device, c.longest_sequence, c.tensor_parallel_size,
-                         c.kv_cache_gb)
-    torch.manual_seed(c.seed)       # after the engine, whose start reseeds; nothing below draws
-    model = distributed.load_policy(path, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=c.betas,
-                                  weight_decay=c.weight_decay)
-    if run.checkpoint:
-        checkpoint.load_checkpoint(run.checkpoint, model, optimizer)
-        engine.sync_weights(distributed.full_weights(model), version=run.first_step)
-    if distributed.rank() == 0:     # last: with it the directory holds a run, which --resume wants
-        rundir.write(run.dir / "config.json", json.dumps(asdict(c), indent=1))
-    return engine, model, optimizer
+# ----------------------------------------------------------------------- the steps that are long
 
 
 def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
@@ -318,8 +213,10 @@ def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
         rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
         draw_curves({f"step {e['step']}": e for e in (before, run.history[-1])},
                     run.dir / "anytime_curve.png")
-        tqdm.write(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
-                   f"final {curve['final_accuracy']:.3f}")
+        logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
+        run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
+        say(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
+            f"final {curve['final_accuracy']:.3f}")
 
 
 if __name__ == "__main__":

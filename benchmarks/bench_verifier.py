@@ -1,116 +1,173 @@
-"""Pairs graded per second, and how often right: our verifier beside plain math-verify with its own 5 s alarms.
+"""The verifier beside plain math-verify, and what each of its rules pays.
 
-    python benchmarks/bench_verifier.py                  # 2 workers, 1000 real pairs, one hostile string in ten
-    python benchmarks/bench_verifier.py --seconds 60     # more time for plain math-verify
+    python benchmarks/bench_verifier.py               # accuracy on the labelled pairs, pairs/s
+    python benchmarks/bench_verifier.py --ablation    # verdicts moved by switching one rule off
 
-The ordinary pairs are a dataset gold with its own text, a rewrite that keeps the meaning, or another gold (wrong). The
-hostile ones are ../shared/verifier/hostile.jsonl, in turn, each made distinct so that our cache does not answer it. Plain math-verify
-runs in this process, as a trainer that calls it directly would, on the same pairs in the same order until its time is up.
+Plain math-verify runs in this process, on the whole summary, with its own 5 s alarms, as in a
+trainer that calls it directly. Needs ../shared with data/ and verifier/.
 """
 
 import argparse
+import functools
 import json
+import logging
 import os
 import random
+import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT))
-from rewards import Verifier, is_valid_gold, plain_number, _golds  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import test_verifier_rules as cases  # noqa: E402
+from pebble import ProcessPool  # noqa: E402
+
+import verifier as rules  # noqa: E402
+
+SHARED, NEVER = ROOT.parent / "shared", re.compile("(?!)")
+OFF = {         # what stands in for a rule that is switched off
+    "_UNICODE": {}, "_same_number": lambda truth, box: None,
+    "_THOUSANDS": NEVER, "_POWER_OF_TEN": NEVER,
+    "_drop_names": lambda truth, box: (truth, box), "_split_unit": lambda text: (text, ""),
+    "_items": lambda text: ("", [text]), "_words": lambda text: "", "_HEAVY": NEVER,
+    "_RESTATED": NEVER, "_FUNCTION": NEVER, "_BASE": NEVER, "_variables": lambda text: set(),
+    "_only_interval": lambda text: False, "_refused": lambda truth, box: False}
 
 
-def ordinary_pairs(generator, count):
-    """(summary, ground_truth, expected). Half of the golds are no plain numbers, twice their share in the data."""
-    rows = [row for path in sorted((SHARED / "data").glob("*/*.json")) for row in json.loads(path.read_text())]
-    golds = [row["answer"] if "answer" in row else row["final_answer"] for row in rows]
-    golds = [gold for gold in golds if is_valid_gold(gold)]
-    hard = [gold for gold in golds if not plain_number(_golds(gold)[0])]
-    pairs = []
-    for number in range(count):
-        pool = hard if number % 2 else golds
-        gold, other = generator.choice(pool), generator.choice(pool)
-        text = _golds(gold)[0]
-        if number % 4 < 2:
-            pairs.append((text, gold, 1))
-        elif number % 8 < 4 and not any(mark in text for mark in ("=", ",", "<", ">", r"\le", r"\ge", r"\in", r"\text", r"\begin", "_")):
-            pairs.append((f"x = {text}" if plain_number(text) or len(text) == 1 else f"({text}) + 0", gold, 1))
-        else:
-            pairs.append((_golds(other)[0], gold, int(_golds(other)[0] == text)))
-    return [(f"**Final Answer**\n\\boxed{{{answer}}}", gold, expected) for answer, gold, expected in pairs]
+def rows(name):
+    return [json.loads(line) for line in (SHARED / "verifier" / name).open()]
 
 
-def with_hostile(pairs, share, generator):
-    rows = [json.loads(line) for line in (SHARED / "verifier" / "hostile.jsonl").open()]
-    generator.shuffle(rows)
-    mixed, used = [], 0
-    for number, pair in enumerate(pairs):
-        if share and number % round(1 / share) == 0:
-            row = rows[used % len(rows)]
-            mixed.append((row["candidate"], row["gold"], row["expected"]))
-            used += 1
-        else:
-            mixed.append(pair)
-    return mixed
-
-
-def run_ours(pairs, workers):
-    with Verifier(num_workers=workers) as verifier:
-        verifier.score([(r"\boxed{x+1}", "1+x")])           # start the processes before the clock
-        verifier.take_stats()
-        start = time.perf_counter()
-        # a second alternative keeps a hostile pair as it is, but distinct: the cache must not answer it
-        golds = [[gold, str(10**12 + number)] if expected != 1 and not isinstance(gold, list) else gold
-                 for number, (_, gold, expected) in enumerate(pairs)]
-        scores = verifier.score([(summary, gold) for (summary, _, _), gold in zip(pairs, golds)])
-        return scores, time.perf_counter() - start, verifier.take_stats()
-
-
-def run_plain(pairs, seconds):
-    import logging
+def plain_math_verify(summary, truth):
     from math_verify import parse, verify
-    logging.disable(logging.CRITICAL)
-    scores, start, slow = [], time.perf_counter(), 0
-    for summary, gold, _ in pairs:
-        began = time.perf_counter()
-        if began - start > seconds:
-            break
-        right = False
-        for alternative in gold if isinstance(gold, list) else [gold]:
-            text = alternative if isinstance(alternative, str) and "$" in alternative else f"${alternative}$"
-            right = right or verify(parse(text), parse(summary))
-        scores.append(float(right))
-        slow += time.perf_counter() - began > 4
-    return scores, time.perf_counter() - start, slow
+    texts = [str(text) for text in (truth if isinstance(truth, list) else [truth])]
+    return float(any(verify(parse(text if "$" in text or "\\boxed" in text else f"${text}$"),
+                            parse(summary)) for text in texts))
 
 
-def accuracy(scores, pairs):
-    known = [(score, expected) for score, (_, _, expected) in zip(scores, pairs) if expected is not None]
-    return sum(score == expected for score, expected in known) / max(len(known), 1)
+def print_accuracy():
+    pairs = rows("pairs.jsonl")
+    with rules.Verifier() as verifier:
+        ours = verifier.score([(row["candidate"], row["gold"]) for row in pairs])
+    plain = [plain_math_verify(row["candidate"], row["gold"]) for row in pairs]
+    print("| pairs | number | ours % | false + | false - | math-verify % | false + | false - |")
+    print("|---|---|---|---|---|---|---|---|")
+    for scope in Counter(row["scope"] for row in pairs):
+        cells = [scope, sum(row["scope"] == scope for row in pairs)]
+        for scores in (ours, plain):
+            missed = Counter(row["expected"] for row, score in zip(pairs, scores)
+                             if row["scope"] == scope and score != row["expected"])
+            cells += [f"{100 - 100 * missed.total() / cells[1]:.1f}", missed[0], missed[1]]
+        print("|", " | ".join(map(str, cells)), "|")
+
+
+def remembered_math_verify():
+    """rules._math_verify in a worker: most questions do not change when a rule is switched off."""
+    pool = ProcessPool(1, initializer=rules._init_worker)
+
+    @functools.cache
+    def compare(truth, box):
+        future = pool.schedule(rules._math_verify, args=(truth, box), timeout=5)
+        return False if future.exception() else future.result()     # a timeout or a death is a 0
+    return compare
+
+
+def ablation_sets(count):
+    """name -> [(summary, ground truth, expected)]"""
+    truths = cases.distinct(cases.dataset_truths())
+    random.Random(3).shuffle(truths)
+    named = {
+        "labelled": [(row["candidate"], row["gold"], row["expected"]) for row in rows("pairs.jsonl")
+                     if row["scope"] not in ("nobox", "contested")],
+        "conventions": [(cases.boxed(box), truth, right) for _, truth, box, right in cases.CASES],
+        "itself": [(cases.boxed(cases.plain_text(truth)), truth, 1) for truth in truths]}
+    for name, generate in (("rewrites", cases.rewrites), ("outputs", cases.model_outputs)):
+        named[name] = [(cases.boxed(text), truth, 1) for truth in truths[:count]
+                       for _, text in generate(cases.plain_text(truth)) if text]
+    named["mutations"] = [(cases.boxed(text), truth, 0) for truth in truths[:count]
+                          for text in cases.mutations(truth)]
+    return named
+
+
+def verdicts(pairs, compare):
+    boxes = [rules.normalise(rules.extract_answer(summary) or "") for summary, _, _ in pairs]
+    return [float(rules._verdict(rules._alternatives(truth), box, compare) == "right")
+            for (_, truth, _), box in zip(pairs, boxes)]
+
+
+def print_ablation(count):
+    compare, named = remembered_math_verify(), ablation_sets(count)
+    before = {name: verdicts(pairs, compare) for name, pairs in named.items()}
+    wrong = {name: sum(score != pair[2] for score, pair in zip(before[name], pairs))
+             for name, pairs in named.items()}
+    print("Verdicts moved by switching off: right to wrong (newly rewarded) / wrong to right\n")
+    print("| switched off |", " | ".join(f"{name}, {len(named[name])}" for name in named), "|")
+    print("|---" * (len(named) + 1) + "|")
+    print("| nothing: verdicts that miss |", " | ".join(map(str, wrong.values())), "|")
+    switches = [("_REWRITES", [other for other in rules._REWRITES if other is not one],
+                 f"`{one[0].pattern[:48]}`") for one in rules._REWRITES]
+    switches += [(name, off, name) for name, off in OFF.items()]
+    for name, off, label in switches:
+        kept = getattr(rules, name)
+        setattr(rules, name, off)
+        cells = []
+        for part, pairs in named.items():
+            scores = zip(pairs, verdicts(pairs, compare), before[part])
+            moved = [(pair[2], score == pair[2]) for pair, score, old in scores if score != old]
+            worse = [expected for expected, better in moved if not better]
+            cell = f"{len(worse)} ({worse.count(0)}) / {len(moved) - len(worse)}"
+            cells.append(cell if moved else "")
+        setattr(rules, name, kept)
+        print("|", label.replace("|", "\\|"), "|", " | ".join(cells), "|", flush=True)
+
+
+def speed_pairs(count, share):
+    """Half of the ground truths are no plain numbers, twice their share in the data."""
+    truths, hostile = cases.distinct(cases.dataset_truths()), rows("hostile.jsonl")
+    hard = [truth for truth in truths if not rules.plain_number(rules._alternatives(truth)[0])]
+    generator, pairs = random.Random(0), []
+    for number in range(count):
+        truth = generator.choice(hard if number % 2 else truths)
+        box = cases.plain_text(truth if number % 4 < 2 else generator.choice(truths))
+        pairs.append((cases.boxed(box), truth))
+        if share and number % round(1 / share) == 0:
+            row = hostile[number % len(hostile)]    # the number makes it new to the cache
+            pairs[-1] = row["candidate"], [row["gold"], str(10**12 + number)]
+    return pairs
+
+
+def print_speed(count):
+    print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {count} pairs, 2 workers")
+    print("| grader | hostile | pairs | pairs/s | timeouts |\n|---|---|---|---|---|")
+    for share in (0.0, 0.1):
+        pairs = speed_pairs(count, share)
+        with rules.Verifier(2) as verifier:
+            verifier.score([(r"\boxed{x+1}", "1+x")])       # start the processes before the clock
+            start = time.perf_counter()
+            verifier.score(pairs)
+            rate, stats = count / (time.perf_counter() - start), verifier.stats
+        print(f"| ours | {share:.0%} | {count} | {rate:.0f} | {stats['timeouts']} |", flush=True)
+        start, times = time.perf_counter(), []
+        while sum(times) < 20 and len(times) < count:
+            plain_math_verify(*pairs[len(times)])
+            times.append(time.perf_counter() - start - sum(times))
+        print(f"| plain math-verify | {share:.0%} | {len(times)} | {len(times) / sum(times):.0f} "
+              f"| {sum(seconds > 4 for seconds in times)} |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=20, help="time for plain math-verify in each row")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ablation", action="store_true", help="instead of accuracy and speed")
+    parser.add_argument("--count", type=int, default=600, help="of ground truths, or of pairs")
     args = parser.parse_args()
-    if not (SHARED / "data").exists():
-        sys.exit(f"{SHARED} with data/ and verifier/ is needed")
-    print(f"{os.cpu_count()} cores, {args.workers} workers, {args.pairs} pairs, seed {args.seed}, load {os.getloadavg()[0]:.1f}")
-    print(f"{'grader':24}{'hostile':>8}{'pairs':>7}{'seconds':>9}{'pairs/s':>9}{'right %':>9}  notes")
-    for share in (0.0, 0.1):
-        generator = random.Random(args.seed)
-        pairs = with_hostile(ordinary_pairs(generator, args.pairs), share, generator)
-        scores, seconds, stats = run_ours(pairs, args.workers)
-        notes = ", ".join(f"{name} {count}" for name, count in stats.items() if count and name != "graded")
-        print(f"{'ours':24}{share:8.0%}{len(scores):7}{seconds:9.1f}{len(scores) / seconds:9.1f}{100 * accuracy(scores, pairs):9.1f}  {notes}")
-        scores, seconds, slow = run_plain(pairs, args.seconds)
-        print(f"{'plain math-verify':24}{share:8.0%}{len(scores):7}{seconds:9.1f}{len(scores) / seconds:9.1f}{100 * accuracy(scores, pairs):9.1f}"
-              f"  {slow} took over 4 s", flush=True)
+    logging.disable(logging.CRITICAL)
+    if args.ablation:
+        print_ablation(args.count)
+    else:
+        print_accuracy()
+        print_speed(args.count)
 
 
 if __name__ == "__main__":

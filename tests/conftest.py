@@ -51,7 +51,9 @@ def trained_model_path(tmp_path_factory) -> Path:
     return path
 
 
-def run_script(script: str, *args, processes: int = 0, expect: int = 0, cwd=None) -> str:
+def run_script(
+    script: str, *args, processes: int = 0, expect: int = 0, cwd=None, timeout: int = 240
+) -> str:
     """Run one of the project's scripts as a user would, under torchrun when `processes` is given;
     returns its output."""
     start = (
@@ -70,7 +72,7 @@ def run_script(script: str, *args, processes: int = 0, expect: int = 0, cwd=None
         capture_output=True,
         text=True,
         cwd=cwd or ROOT,
-        timeout=240,
+        timeout=timeout,
         env=alone(),
     )
     assert done.returncode == expect or (expect and done.returncode), (

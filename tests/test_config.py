@@ -2,7 +2,7 @@ from dataclasses import fields
 
 import pytest
 
-from config import EXPERIMENTS, PRESETS, Config, batch_arithmetic, check, parse
+from config import EXPERIMENTS, PRESETS, Config, batch_arithmetic, check, learning_rate, parse
 
 
 def test_flags_win_over_the_experiment_and_the_experiment_over_the_preset():
@@ -86,7 +86,7 @@ def test_what_depends_on_the_largest_budget_follows_it():
         32,
     )
     assert (c.max_summary_tokens, c.summary_room) == (118, 128)  # generated; with the appended text
-    assert Config().response_length == 48 + 17 * 10
+    assert Config().response_length == 64 + 17 * 10
     assert parse(["--max-response-length", "99"]).response_length == 99
     assert parse(["--eval-budgets", "5", "90"]).longest_sequence == 12 + 90 + 3 + 7
 
@@ -127,3 +127,10 @@ def test_help_lists_every_flag_in_groups(capsys):
 def test_bad_settings_name_the_flag(change, complaint):
     with pytest.raises(ValueError, match=complaint):
         check(Config(**change), world_size=2)
+
+
+def test_the_learning_rate_falls_to_nothing_on_the_miniature_and_is_constant_in_the_paper():
+    falling, constant = parse(["--lr", "0.4"]), parse(["--preset", "paper-8k", "--lr", "0.4"])
+    rates = [learning_rate(falling, step, 4) for step in range(5)]
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+    assert {learning_rate(constant, step, 4) for step in range(5)} == {0.4}

@@ -1,5 +1,7 @@
 """Statistics of records, each by hand, by brute force or against a textbook formula."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,15 @@ def random_columns(n, seed, shift=0.0):
     rng = np.random.default_rng(seed)
     accuracy = np.sort((rng.random((n, 3)) + shift).clip(0, 1), axis=1)
     return np.concatenate([accuracy, rng.random((n, 4))], axis=1)
+
+
+def test_a_record_keeps_fractional_scores_and_writes_verdicts_as_whole_numbers():
+    question = SimpleNamespace(index=1)
+    summaries = [SimpleNamespace(score=s, tokens=[1]) for s in (0.25, 1.0, 0.0, 0.5)]
+    rollout = SimpleNamespace(question=question, sample=0, finish="closed", thinking=[1],
+                              summaries=summaries)
+    scores = curves.record(rollout, (10, 20), None)["scores"]
+    assert scores == [[0.25, 1], [0, 0.5]] and type(scores[0][1]) is int
 
 
 def test_a_question_is_the_mean_of_its_samples():

@@ -1,20 +1,23 @@
 import json
 
 import pytest
+import transformers
 from conftest import SHARED
 from transformers import AutoTokenizer
 
 import data
+import miniature
 from data import (
     NAMED_SETS,
     PAPER_SETS,
+    chat_options,
     load_questions,
     load_rows,
     make_questions,
-    open_tokenizer,
     questions_of_step,
     set_names,
 )
+from models import check_attention, open_tokenizer
 
 ROWS = [
     {"problem": "1+1?", "answer": "2"},
@@ -227,3 +230,50 @@ def test_open_tokenizer_refuses_a_short_context_and_a_missing_model(tiny_model_p
         open_tokenizer("nowhere", 40)
     tokenizer, eos = open_tokenizer(str(tiny_model_path), 256)
     assert eos == [tokenizer.eos_token_id]
+
+
+def test_rows_without_a_ground_truth_are_kept_where_a_reward_function_needs_none(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*ROWS, {"problem": "no answer field"}])
+    rows, dropped = load_rows(path, need_ground_truth=False)
+    assert dropped == 0 and rows[3:] == [("void", ""), ("none", None), ("no answer field", None)]
+    with pytest.raises(ValueError, match="line 6: no field 'answer'"):
+        load_rows(path)
+
+
+def test_system_prompt_and_chat_template_arguments_reach_the_template():
+    """A template like Qwen3's: a system turn, and a switch that closes the thinking beforehand."""
+    tokenizer = miniature.make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ' +1' if m.role == 'system' }}{{ m.content }}{% endfor %}"
+        "<think>{% if enable_thinking is false %}</think>{% endif %}"
+    )
+    rows = [("1 +2 ?", "3")]
+    (plain,), _ = make_questions(rows, tokenizer, "{question}", 9)
+    on = ("enable_thinking=true",)
+    (system,), _ = make_questions(rows, tokenizer, "{question}", 9, " +5", on)
+    texts = [tokenizer.decode(q.prompt) for q in (plain, system)]
+    assert texts == ["1 +2 ?<think>", " +1 +51 +2 ?<think>"]
+    with pytest.raises(ValueError, match="enable_thinking=true"):
+        make_questions(rows, tokenizer, "{question}", 9, "", ("enable_thinking=false",))
+    with pytest.raises(ValueError, match="write name=value"):
+        make_questions(rows, tokenizer, "{question}", 9, "", ("enable_thinking",))
+    assert chat_options(("a=1", "b=x y", "c=true")) == {"a": 1, "b": "x y", "c": True}
+
+
+@pytest.mark.parametrize("name, changes, refused", [
+    ("Qwen2", {}, False), ("Qwen3", {}, False), ("Llama", {}, False),
+    ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, True),
+    ("Qwen2", {"use_sliding_window": False, "sliding_window": 8}, False),
+    ("Mistral", {"sliding_window": 8}, True), ("Mistral", {"sliding_window": None}, False),
+    ("Gemma3Text", {}, True),
+])
+def test_layers_that_do_not_see_the_whole_context_are_refused(
+    tmp_path, name, changes, refused, capsys
+):
+    getattr(transformers, f"{name}Config")(num_hidden_layers=8, **changes).save_pretrained(tmp_path)
+    if refused:
+        with pytest.raises(ValueError, match="full attention alone"):
+            check_attention(str(tmp_path))
+    else:
+        check_attention(str(tmp_path))
+        assert ("WARNING" in capsys.readouterr().out) == (name == "Mistral")

@@ -254,6 +254,9 @@ def test_ask_on_the_command_line(trained_model_path):
         (["MODEL", "--budgets", "9", "3"], "not increasing"),
         (["MODEL", "--budgets", "3", "900"], "context of 256"),
         (["MODEL", "--data", "nowhere.json"], "neither a file nor"),
+        (["MODEL", "--summaries", "0"], "--summaries 0: must be at least 1"),
+        (["MODEL", "--samples", "-3"], "--samples -3"),
+        (["MODEL", "--ask", "1 +1 ?", "--prompt-template", "why"], "has no {question}"),
     ],
 )
 def test_bad_input_ends_with_one_line(args, complaint, tiny_model_path, capsys):

@@ -28,7 +28,9 @@ import distributed
 import evaluate
 import metrics
 import miniature
+import models
 import rundir
+import startup
 import train
 from config import check, parse
 from data import Question
@@ -393,7 +395,7 @@ def test_history_comes_along_and_is_compared_only_where_it_agrees(
     (tmp_path / "new" / "metrics.jsonl").write_text("")
     train.train(parse([*args, "--resume", str(copy / "checkpoints" / "step-00000002")]))
     lines = [json.loads(x) for x in (tmp_path / "new" / "evals.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["budgets"]) for e in lines] == [(0, [12, 48]), (4, [24, 48])]
+    assert [(e["step"], e["budgets"]) for e in lines] == [(0, [16, 64]), (4, [24, 48])]
     assert [m["step"] for m in metrics_of(tmp_path / "new")] == [0, 1, 2, 3]
     text = capsys.readouterr().out
     assert "evaluations before step 4 had other settings: not compared" in text
@@ -408,7 +410,7 @@ def test_a_refusal_while_loading_leaves_the_directory_free(
 
     args = arguments(tiny_model_path, tmp_path / "out", "--steps", 1)
     with monkeypatch.context() as m:
-        m.setattr(train, "make_engine", refuse)
+        m.setattr(startup, "make_engine", refuse)
         with pytest.raises(SystemExit) as e:
             train.train(parse(args))
         assert e.value.code == 2
@@ -587,7 +589,7 @@ def test_code_of_a_model_directory_is_not_run(tiny_model_path, tmp_path):
     (model / "config.json").write_text(json.dumps(settings))
     (model / "mine.py").write_text(f"import os; os.mkdir({str(tmp_path / 'planted')!r})")
     with pytest.raises(ValueError, match="--model"):
-        data.open_tokenizer(str(model), 40)
+        models.open_tokenizer(str(model), 40)
     assert not (tmp_path / "planted").exists()
     for path in ROOT.glob("*.py"):
         calls = path.read_text().split("from_pretrained(")[1:]
@@ -737,7 +739,7 @@ def test_an_unreachable_hub_is_one_line_in_seconds(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     start = time.time()
     with pytest.raises(ValueError, match="^--model org/name: no model directory or hub name"):
-        data.open_tokenizer("org/name", 40)
+        models.open_tokenizer("org/name", 40)
     with pytest.raises(ValueError, match="cannot fetch"):
-        data.load_rows("math500")
+        data.load_rows("deepscaler")
     assert time.time() - start < 10 and constants.HF_HUB_OFFLINE

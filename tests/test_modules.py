@@ -38,7 +38,7 @@ def run_python(code: str, folder):
 def test_imports_only_point_towards_the_entry_points():
     """The method's modules never import the loop, and no two modules import each other."""
     arrows = {m: imports_of_ours(ROOT / f"{m}.py") for m in MODULES}
-    assert not any("train" in targets for targets in arrows.values())
+    assert [m for m, targets in arrows.items() if "train" in targets] == ["preflight"]
     done: list[str] = []
     while len(done) < len(MODULES):
         ready = [m for m in MODULES if m not in done and arrows[m] <= set(done)]

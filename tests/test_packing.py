@@ -159,23 +159,28 @@ def test_mask_by_brute_force():
     assert {tuple(pair) for pair in dense_mask(row)[0, 0].nonzero().tolist()} == visible
 
 
-def test_flex_mask_is_the_same_rule():
-    """FlexAttention evaluates the rule on index tensors; a row of more than one block, on whatever
-    device is here."""
-    from torch.nn.attention.flex_attention import create_mask
+@pytest.mark.parametrize("seed", range(8))
+def test_flex_mask_is_what_evaluating_the_rule_on_every_pair_gives(seed):
+    """Counting intervals instead: the same lists of full and partial blocks, to the element."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    row = pack([random_tree(random.Random(seed), thinking=60) for seed in range(4)], multiple=128)
+    rng = random.Random(seed)
+    lengths = [rng.choice([0, 5, 150, 400]) for _ in range(rng.randrange(1, 5))]
+    cuts = [0, 0] if seed % 3 == 0 else None
+    row = pack([random_tree(rng, cuts, thinking) for thinking in lengths], multiple=128)
     n = len(row.input_ids)
-    assert n % 128 == 0
-    flex = create_mask(
-        lambda b, h, q, k: is_visible(q, k, row.branch, row.trunk, row.trunk_end),
-        None,
-        None,
-        n,
-        n,
-        device="cpu",
-    )
-    assert torch.equal(flex, dense_mask(row))
+
+    def rule(batch, head, q, k):
+        return is_visible(q, k, row.branch, row.trunk, row.trunk_end)
+
+    wanted = create_block_mask(rule, None, None, n, n, device="cpu").as_tuple()
+    got = row.block_mask.as_tuple()
+    assert row.block_mask is row.block_mask and len(got) == len(wanted)
+    for ours, theirs in zip(got, wanted):
+        if torch.is_tensor(theirs):
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+        else:
+            assert callable(theirs) or ours == theirs
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles, on a CPU with g++")
@@ -221,6 +226,27 @@ def test_attention_compiles_for_the_first_length_then_for_all(model, tiny_model_
     assert len(set(lengths)) >= 8, lengths
     assert graphs[:2] == [1, 2] and set(graphs[2:]) == {2}, list(zip(lengths, graphs))
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles, on a CPU with g++")
+def test_where_the_compiler_gives_up_is_an_error(tiny_model_path, monkeypatch):
+    """The recompile limit, and a graph break: without the error, attention would turn dense."""
+    import packing
+
+    flex = AutoModelForCausalLM.from_pretrained(
+        tiny_model_path, dtype=torch.float32, attn_implementation="flex_attention"
+    ).eval()
+    short, long = ([random_tree(random.Random(0), thinking=n)] for n in (60, 200))
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        token_logprobs(flex, pack(short, multiple=128))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            token_logprobs(flex, pack(long, multiple=128))
+    torch._dynamo.reset()
+    monkeypatch.setattr(packing, "is_visible", torch.compiler.disable(is_visible))
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported):
+        token_logprobs(flex, pack(short, multiple=128))
+    torch._dynamo.reset()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")

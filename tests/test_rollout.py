@@ -245,6 +245,50 @@ def test_what_else_is_in_the_batch_does_not_matter(engine):
         assert alone.logp == pytest.approx(together[r.id].logp, abs=1e-4)
 
 
+def test_one_token_steps_give_the_same_tokens_one_at_a_time(engine):
+    requests = [
+        Request(str(i), (19, 38, 9, 3)[: 2 + i % 3], 4 + i, (2,), request_seed(1, i), 1.0)
+        for i in range(6)
+    ]
+    whole = finish(engine, requests)
+    stepped = {r.id: [] for r in requests}
+    engine.one_token_steps = True
+    try:
+        for r in requests:
+            engine.add(r)
+        while engine.has_work():
+            for out in engine.step():
+                assert len(out.tokens) == len(out.logp) == 1
+                stepped[out.id] += out.tokens
+                assert out.finished == (len(stepped[out.id]) == len(whole[out.id].tokens))
+    finally:
+        engine.one_token_steps = False
+    assert stepped == {name: out.tokens for name, out in whole.items()}
+def test_batches_are_bounded_by_tokens(engine, monkeypatch):
+    """A batch's cache grows to requests x longest sequence: long prompts run in smaller batches."""
+    requests = [Request(f"{n}-{i}", (20,) * n, 8, (4,), i, 1.0)
+                for n in (3, 30, 60) for i in range(6)]
+
+    def sampled():
+        for r in requests:
+            engine.add(r)
+        return {o.id: o.tokens for o in engine.step()}
+
+    together, sizes, generate = sampled(), [], engine._generate
+
+    def recorded(batch):
+        sizes.append(len(batch) * max(len(r.prompt) + r.max_tokens for r in batch))
+        return generate(batch)
+
+    monkeypatch.setattr(engine, "_generate", recorded)
+    monkeypatch.setattr(engine, "max_batch_tokens", 140)
+    assert sampled() == together
+    assert len(sizes) == 6 and max(sizes) <= 140
+    monkeypatch.setattr(engine, "max_batch_tokens", 10)     # no room even for one: one at a time
+    assert sampled() == together and len(sizes) == 6 + len(requests)
+    assert engine.step() == []
+
+
 def test_sampler_logprobs_are_the_trainers(engine, tokenizer, tiny_model_path):
     from packing import pack, token_logprobs
 

@@ -11,28 +11,17 @@ import time
 import pytest
 import torch
 from conftest import ROOT, alone, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import checkpoint
+import rundir
 import train
 from config import parse
 
 SMALL = [
-    "--questions-per-step",
-    "4",
-    "--num-rollouts",
-    "4",
-    "--num-summaries",
-    "2",
-    "--eval-questions",
-    "6",
-    "--eval-samples",
-    "1",
-    "--eval-budgets",
-    "12",
-    "48",
-    "--max-tokens-per-row",
-    "600",
+    *("--questions-per-step", "4", "--num-rollouts", "4", "--num-summaries", "2"),
+    *("--eval-questions", "6", "--eval-samples", "1", "--eval-budgets", "16", "64"),
+    *("--max-tokens-per-row", "600", "--lr-schedule", "constant"),
 ]
 
 
@@ -81,7 +70,7 @@ def test_a_run_leaves_everything_it_promises(unbroken, trained_model_path):
     config = json.loads((out / "config.json").read_text())
     assert (
         config["budgets"] == []
-        and config["max_budget"] == 48
+        and config["max_budget"] == 64
         and config["experiment"] == "ar-uniform"
     )
     metrics = metrics_of(out)
@@ -93,13 +82,13 @@ def test_a_run_leaves_everything_it_promises(unbroken, trained_model_path):
         assert m["anytime_reward"] == pytest.approx(sum(m["reward"]) / 4)
         assert m["closed"] + m["eos"] + m["length"] == pytest.approx(1)
     result = json.loads((out / "eval.json").read_text())
-    assert result["step"] == 4 and result["before"]["step"] == 0 and result["budgets"] == [12, 48]
+    assert result["step"] == 4 and result["before"]["step"] == 0 and result["budgets"] == [16, 64]
     assert (
         result["anytime_accuracy"] == pytest.approx(sum(result["accuracy"]) / 2)
         and result["final_accuracy"] == result["accuracy"][-1]
     )
     assert (out / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert "step    3" in text and "16 thinking traces of up to 48 tokens" in text
+    assert "step    3" in text and "16 thinking traces of up to 64 tokens" in text
 
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(out / "model"),
@@ -130,6 +119,32 @@ def test_two_processes_give_the_same_numbers(unbroken, trained_model_path, tmp_p
         json.loads((d / "evals.jsonl").read_text().splitlines()[0]) for d in (out, tmp_path / "two")
     ]
     assert evaluations[0] == evaluations[1]
+
+
+def test_a_process_without_a_trace_and_an_untied_head(trained_model_path, tmp_path):
+    """One trace an update on two processes: one of them runs its backward without the head."""
+    model = AutoModelForCausalLM.from_pretrained(trained_model_path)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(trained_model_path).save_pretrained(tmp_path / "untied")
+    few = {"--questions-per-step": "2", "--num-rollouts": "1"}
+    args = [few.get(before, a) for before, a in zip(["", *SMALL], SMALL)]
+    args += ["--model", tmp_path / "untied", "--baseline", "progress", "--steps", "2"]
+    for processes in (0, 2):
+        out = tmp_path / f"run{processes}"
+        run_script("train.py", *args, "--output-dir", out, processes=processes)
+    assert_equal_metrics(metrics_of(tmp_path / "run0"), metrics_of(tmp_path / "run2"), 1e-5)
+
+
+@pytest.mark.parametrize("hidden, asked", [(64, [1]), (1024, [])])
+def test_only_a_tiny_model_is_held_to_one_cpu_thread(tmp_path, monkeypatch, hidden, asked):
+    """By its parameters, counted from the config alone; else torch's choice stands."""
+    Qwen2Config(hidden_size=hidden, num_hidden_layers=2, vocab_size=99).save_pretrained(tmp_path)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    train.distributed.limit_threads(str(tmp_path))
+    assert threads == asked
 
 
 def kill_in_step(args, out, step: int, processes: int):
@@ -340,3 +355,12 @@ def test_every_kind_of_experiment_trains(experiment, trained_model_path, tmp_pat
         1 if experiment == "grpo" else 4
     )
     assert not (tmp_path / "o" / "checkpoints").exists()
+
+
+def test_a_resumed_run_does_the_logs_behind_its_checkpoint_again(tmp_path):
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(4))
+    for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+        (tmp_path / name).write_text(lines + '{"step": 4, "torn')
+    rundir.begin(tmp_path, tmp_path / "checkpoints" / "step-00000002", first_step=2)
+    kept = {p.name: len(p.read_text().splitlines()) for p in tmp_path.glob("*.jsonl")}
+    assert kept == {"metrics.jsonl": 2, "samples.jsonl": 2, "evals.jsonl": 3}

@@ -9,9 +9,11 @@ miniature runs, plain, vLLM, and vLLM on two processes, and compares what they r
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ import checkpoint
 import distributed
 from budgets import cut_lengths
 from data import Question
-from engines import PlainEngine, Request, VllmEngine
+from engines import RELOAD_LOGGER, PlainEngine, Request, VllmEngine
 from packing import pack, token_logprobs
 from rollout import Protocol, request_seed, sample_rollouts, to_tree
 
@@ -155,6 +157,20 @@ def test_a_model_saved_by_training_loads_in_both_engines(loaded, saved, protocol
         assert logp[name] == pytest.approx(expected_logp[name], abs=1e-4)
     original = AutoModelForCausalLM.from_pretrained(tiny_model_path).state_dict()
     assert all(torch.equal(w, original[name]) for name, w in plain.model.state_dict().items())
+
+
+def test_a_sync_says_nothing_of_layers_without_weights_and_all_of_others(engine):
+    """The filter is narrow, and vLLM still logs this under the name that it is put on."""
+    logger = logging.getLogger(RELOAD_LOGGER)
+    source = importlib.util.find_spec(RELOAD_LOGGER).origin
+    assert '"%s: Failed to load weights"' in Path(source).read_text()
+
+    def passes(layer):
+        message = "%s: Failed to load weights"
+        return logger.filter(logger.makeRecord("x", 30, "f", 1, message, (layer,), None))
+
+    assert not passes("RotaryEmbedding") and not passes("Llama3RotaryEmbedding")
+    assert passes("QKVParallelLinear")
 
 
 def test_synced_weights_are_the_ones_that_sample(engine, saved, protocol):
