@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ import models
 import rundir
 import startup
 import train
-from config import check, parse
+from config import RANGES, Config, check, parse
 from data import Question
 from rollout import Rollout, Summary
 from verifier import FAILURES
@@ -622,6 +623,14 @@ def test_bad_flags(flags, complaint, capsys):
     text = capsys.readouterr().err if isinstance(e.value, SystemExit) else str(e.value)
     assert complaint in text and "\n" not in text.strip()
     assert isinstance(e.value, ValueError) or e.value.code == 2
+
+
+def test_every_number_among_the_flags_has_a_range():
+    def is_number(value) -> bool:
+        values = value if isinstance(value, tuple) else (value,)
+        return any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+    assert {f.name for f in fields(Config) if is_number(getattr(Config(), f.name))} <= set(RANGES)
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/out"])
