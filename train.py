@@ -82,8 +82,7 @@ def train(c: Config):
         stopping = distributed.asked_to_stop()
         if not stopping and (step in (0, run.steps) or is_due(step, c.eval_every)):
             evaluate_and_draw(c, run, engine, verifier, step)
-        if step > run.first_step and (stopping or is_due(step, c.save_every)
-                                      or (c.save_every and step == run.steps)):
+        if step > run.first_step and (stopping or is_due(step, c.save_every, run.steps)):
             checkpoint.save_checkpoint(run.dir, step, run.identity, run.trajectory, model,
                                        optimizer, c.keep_checkpoints)
         if stopping or step == run.steps:
@@ -151,16 +150,14 @@ def train(c: Config):
             clock)
 
     bar.close()
-    run.logger.close()
     if not stopping:
         checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
     engine.close()
-    run.leave()
+    run.close()
     if stopping:
         distributed.exit_stopped(step)
-    if rank == 0:
-        report(c, run.dir, run.history)
+    report(c, run.dir, run.history)
     distributed.stop()
 
 
@@ -192,8 +189,8 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
     return rollouts
 
 
-def is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def is_due(step: int, every: int, last: int = 0) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
