@@ -67,12 +67,11 @@ def train(c: Config):
     with distributed.exit_on_bad_input():
         run = prepare(c)
         engine, model, optimizer = load(c, run)
-    device, prior = run.device, c.budget_prior
-    rank, world = distributed.rank(), distributed.world_size()
+    prior, rank, world = c.budget_prior, distributed.rank(), distributed.world_size()
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
     verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
-    multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
+    multiple = 128 if run.device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
                disable=rank > 0 or None)        # None: no bar where stderr is no terminal
     distributed.note_sigterm()
@@ -112,7 +111,7 @@ def train(c: Config):
         updates = []
         for update in (trees[i:i + size] for i in range(0, len(trees), size)):
             plan = balance([len(t) for t in update], world, c.max_tokens_per_row)[rank]
-            updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
+            updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(run.device)
                             for row in plan])
 
         # log-probs under the weights that sampled, by the trainer itself, in the update's rows; the
