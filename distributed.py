@@ -31,6 +31,7 @@ from packing import token_logprobs
 
 STOPPED = 143               # exit code after SIGTERM, as shells report it
 COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
+FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 
 
 def main(run: Callable):
