@@ -30,8 +30,8 @@ from torch.distributed.fsdp import (
 from packing import token_logprobs
 
 STOPPED = 143               # exit code after SIGTERM, as shells report it
-FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
+FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
 
 
 def main(run: Callable):

@@ -225,6 +225,8 @@ def first_comparable(history: list[dict]) -> dict:
 
 def report(c, output_dir: Path, history: list[dict]):
     """One question and the anytime curve before and after training, on the terminal."""
+    if distributed.rank() > 0:
+        return
     before, after = first_comparable(history), history[-1]
     if before["step"] > history[0]["step"]:
         print(f"\nevaluations before step {before['step']} had other settings: not compared")

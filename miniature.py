@@ -19,7 +19,10 @@ Wherever it is cut, a trace knows the last answer that it completed.
 
 import hashlib
 import json
+import os
 import random
+import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -179,9 +182,13 @@ def load_or_write_base(root: Path, seed: int) -> Path:
     """The directory of the warm-started base, in Hugging Face layout; trained now if not cached."""
     path = base_path(root, seed)
     if not (path / "config.json").exists():
-        partial = path.with_suffix(".partial")      # an interrupted warm start leaves no base
+        # An interrupted warm start leaves no base; another run may be making the same one.
+        partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
         _write_base(partial, seed)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:         # the other run was first
+            shutil.rmtree(partial)
     return path
 
 

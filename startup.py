@@ -46,8 +46,9 @@ class Run:
     logger: Logger | None = None
     skipped: int = 0            # updates skipped in a row
 
-    def leave(self):
-        """Let go of the directory; only the first process holds it."""
+    def close(self):
+        """End the log, and let go of the directory: only the first process holds it."""
+        self.logger.close()
         if self.lock:
             self.lock.close()
 

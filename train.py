@@ -67,12 +67,11 @@ def train(c: Config):
     with distributed.exit_on_bad_input():
         run = prepare(c)
         engine, model, optimizer = load(c, run)
-    device, prior = run.device, c.budget_prior
-    rank, world = distributed.rank(), distributed.world_size()
+    prior, rank, world = c.budget_prior, distributed.rank(), distributed.world_size()
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
     verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
-    multiple = 128 if device.type == "cuda" else 1      # FlexAttention's block size
+    multiple = 128 if run.device.type == "cuda" else 1      # FlexAttention's block size
     bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
                disable=rank > 0 or None)        # None: no bar where stderr is no terminal
     distributed.note_sigterm()
@@ -82,8 +81,7 @@ def train(c: Config):
         stopping = distributed.asked_to_stop()
         if not stopping and (step in (0, run.steps) or is_due(step, c.eval_every)):
             evaluate_and_draw(c, run, engine, verifier, step)
-        if step > run.first_step and (stopping or is_due(step, c.save_every)
-                                      or (c.save_every and step == run.steps)):
+        if step > run.first_step and (stopping or is_due(step, c.save_every, run.steps)):
             checkpoint.save_checkpoint(run.dir, step, run.identity, run.trajectory, model,
                                        optimizer, c.keep_checkpoints)
         if stopping or step == run.steps:
@@ -113,7 +111,7 @@ def train(c: Config):
         updates = []
         for update in (trees[i:i + size] for i in range(0, len(trees), size)):
             plan = balance([len(t) for t in update], world, c.max_tokens_per_row)[rank]
-            updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(device)
+            updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(run.device)
                             for row in plan])
 
         # log-probs under the weights that sampled, by the trainer itself, in the update's rows; the
@@ -151,16 +149,14 @@ def train(c: Config):
             clock)
 
     bar.close()
-    run.logger.close()
     if not stopping:
         checkpoint.save_model(model, run.tokenizer, run.dir / "model")
     verifier.close()
     engine.close()
-    run.leave()
+    run.close()
     if stopping:
         distributed.exit_stopped(step)
-    if rank == 0:
-        report(c, run.dir, run.history)
+    report(c, run.dir, run.history)
     distributed.stop()
 
 
@@ -192,8 +188,8 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
     return rollouts
 
 
-def is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def is_due(step: int, every: int, last: int = 0) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):

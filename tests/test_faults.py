@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ import models
 import rundir
 import startup
 import train
-from config import check, parse
+from config import RANGES, Config, check, parse
 from data import Question
 from rollout import Rollout, Summary
 from verifier import FAILURES
@@ -395,7 +396,7 @@ def test_history_comes_along_and_is_compared_only_where_it_agrees(
     (tmp_path / "new" / "metrics.jsonl").write_text("")
     train.train(parse([*args, "--resume", str(copy / "checkpoints" / "step-00000002")]))
     lines = [json.loads(x) for x in (tmp_path / "new" / "evals.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["budgets"]) for e in lines] == [(0, [16, 64]), (4, [24, 48])]
+    assert [(e["step"], e["budgets"]) for e in lines] == [(0, [16, 64]), (4, [24, 64])]
     assert [m["step"] for m in metrics_of(tmp_path / "new")] == [0, 1, 2, 3]
     text = capsys.readouterr().out
     assert "evaluations before step 4 had other settings: not compared" in text
@@ -622,6 +623,14 @@ def test_bad_flags(flags, complaint, capsys):
     text = capsys.readouterr().err if isinstance(e.value, SystemExit) else str(e.value)
     assert complaint in text and "\n" not in text.strip()
     assert isinstance(e.value, ValueError) or e.value.code == 2
+
+
+def test_every_number_among_the_flags_has_a_range():
+    def is_number(value) -> bool:
+        values = value if isinstance(value, tuple) else (value,)
+        return any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+    assert {f.name for f in fields(Config) if is_number(getattr(Config(), f.name))} <= set(RANGES)
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/out"])
