@@ -190,7 +190,7 @@ def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path,
     assert "before training" in text and "after training" in text
     assert trainers["example"]["question"] in text
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
-    assert len(samples) == 2 and [cut["budget"] for cut in samples[0]["cuts"]] == [12, 24, 36, 48]
+    assert len(samples) == 2 and [cut["budget"] for cut in samples[0]["cuts"]] == [16, 32, 48, 64]
     evaluate.main(
         [str(tmp_path / "run" / "model"), "--questions", "16", "--samples", "2", "--seed", "3"]
         + ["--budgets", "12", "24", "48"]
