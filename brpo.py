@@ -65,42 +65,6 @@ def brpo_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Num
     return share * own + (1 - share) * group
 
 
-def leave_one_out_baseline(returns: Tensor) -> Tensor:
-    """V2 without the rollout itself: what its G - 1 siblings earn from segment j on.
-
-        V2'_j = (1/(G-1)) Σ_{g' ≠ g} R_j^{(g')}        R - V2' = (R - V2) G/(G-1)
-
-    Not in the paper: as an advantage it is GRPO's times a constant, but as a predictor it is honest
-    (V2 holds a G-th of what it predicts, and looks better for it). [B, G, M] -> [B, G, M].
-    """
-    return (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
-
-
-def fitted_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                    decay: float = 0.5, thinking_lengths: Tensor | None = None,
-                    ridge: float = 0.01) -> Tensor:
-    """BRPO with its weights measured instead of fixed: R_j regressed on (1, V1_j, V2'_j).
-
-        V_j = x_j · β_j^{(b)}        x_j = (1, V1_j, V2'_j)
-        β_j^{(b)} = argmin_β  Σ_{b' ≠ b} Σ_g [ |z| > b_{j-1} ] (R_j - x_j · β)² + ridge |β - β⁰|²
-
-    Not in the paper. β of question b is fitted on the *other* questions of the step, and x_j knows
-    of its own rollout only what lies before segment j: so V_j does not depend on what it is
-    subtracted from, and the gradient stays unbiased. β⁰ = (0, 0, 1) is the leave-one-out mean,
-    where the fit stays when the others say nothing (one question, or no trace that long).
-    thinking_lengths [B, G]: fit on rollouts with tokens in the segment only. -> [B, G, M].
-    """
-    v1, v2 = progress_baseline(rewards, probs, decay), leave_one_out_baseline(returns)
-    x = torch.stack([torch.ones_like(v1), v1, v2], -1).double()             # [B, G, M, 3]
-    error = (returns - v2).double()                                         # what β⁰ leaves over
-    fit = x * has_tokens(returns, budgets, thinking_lengths)[..., None]
-    gram = torch.einsum("bgmi,bgmk->bmik", fit, x)                          # of each question
-    right = torch.einsum("bgmi,bgm->bmi", fit, error)
-    gram, right = gram.sum(0) - gram, right.sum(0) - right                  # of all the others
-    beta = torch.linalg.solve(gram + ridge * torch.eye(3).to(gram), right)  # [B, M, 3], β - β⁰
-    return v2 + torch.einsum("bgmi,bmi->bgm", x, beta).to(v2)
-
-
 def has_tokens(like: Tensor, budgets: Numbers, thinking_lengths: Tensor | None) -> Tensor:
     """[ |z| > b_{j-1} ], bool [B, G, M]: true where a rollout has thinking tokens in segment j.
 
@@ -293,3 +257,42 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """Corr[x, y] = Cov[x, y] / √(Var[x] Var[y]); 0/0 = nan when either is constant."""
     x, y = x - x.mean(), y - y.mean()
     return (x * y).mean() / ((x * x).mean() * (y * y).mean()).sqrt()
+
+
+# ----------------------------------------------------- beyond the paper: two more baselines of R_j
+
+
+def leave_one_out_baseline(returns: Tensor) -> Tensor:
+    """V2 without the rollout itself: what its G - 1 siblings earn from segment j on.
+
+        V2'_j = (1/(G-1)) Σ_{g' ≠ g} R_j^{(g')}        R - V2' = (R - V2) G/(G-1)
+
+    Not in the paper: as an advantage it is GRPO's times a constant, but as a predictor it is honest
+    (V2 holds a G-th of what it predicts, and looks better for it). [B, G, M] -> [B, G, M].
+    """
+    return (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
+
+
+def fitted_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
+                    decay: float = 0.5, thinking_lengths: Tensor | None = None,
+                    ridge: float = 0.01) -> Tensor:
+    """BRPO with its weights measured instead of fixed: R_j regressed on (1, V1_j, V2'_j).
+
+        V_j = x_j · β_j^{(b)}        x_j = (1, V1_j, V2'_j)
+        β_j^{(b)} = argmin_β  Σ_{b' ≠ b} Σ_g [ |z| > b_{j-1} ] (R_j - x_j · β)² + ridge |β - β⁰|²
+
+    Not in the paper. β of question b is fitted on the *other* questions of the step, and x_j knows
+    of its own rollout only what lies before segment j: so V_j does not depend on what it is
+    subtracted from, and the gradient stays unbiased. β⁰ = (0, 0, 1) is the leave-one-out mean,
+    where the fit stays when the others say nothing (one question, or no trace that long).
+    thinking_lengths [B, G]: fit on rollouts with tokens in the segment only. -> [B, G, M].
+    """
+    v1, v2 = progress_baseline(rewards, probs, decay), leave_one_out_baseline(returns)
+    x = torch.stack([torch.ones_like(v1), v1, v2], -1).double()             # [B, G, M, 3]
+    error = (returns - v2).double()                                         # what β⁰ leaves over
+    fit = x * has_tokens(returns, budgets, thinking_lengths)[..., None]
+    gram = torch.einsum("bgmi,bgmk->bmik", fit, x)                          # of each question
+    right = torch.einsum("bgmi,bgm->bmi", fit, error)
+    gram, right = gram.sum(0) - gram, right.sum(0) - right                  # of all the others
+    beta = torch.linalg.solve(gram + ridge * torch.eye(3).to(gram), right)  # [B, M, 3], β - β⁰
+    return v2 + torch.einsum("bgmi,bmi->bgm", x, beta).to(v2)
