@@ -526,6 +526,10 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def fibonacci(n: int) -> int:
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+
 def test_a_standstill_is_reported_with_its_place(monkeypatch, capfd):
     over = threading.Event()
     sleep = time.sleep
@@ -545,8 +549,8 @@ def test_a_standstill_is_reported_with_its_place(monkeypatch, capfd):
 
     threading.Thread(target=until_over, daemon=True).start()
     deadline = time.time() + 0.5
-    while time.time() < deadline:  # at work: nothing to report
-        sum(range(100))
+    while time.time() < deadline:  # at work, at another depth at each look: nothing to report
+        fibonacci(12)
     assert "stood still" not in capfd.readouterr().err
     distributed.any_process(True)
     over.set()

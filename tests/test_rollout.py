@@ -194,8 +194,7 @@ def test_sampling_follows_the_distribution_at_the_temperature():
     assert (share - (logits / 0.6).softmax(-1)).abs().max() < 0.02
 
 
-# ------------------------------------------------------------------------------------------ the
-# plain engine
+# --------------------------------------------------------------------------------- the plain engine
 
 
 @pytest.fixture(scope="module")

@@ -101,8 +101,7 @@ def verifier():
         yield verifier
 
 
-# -------------------------------------------------------------------------------------------- one
-# failure, one counter
+# ------------------------------------------------------------------------- one failure, one counter
 
 
 def test_plain_answers_start_no_process(verifier):
@@ -310,8 +309,7 @@ def test_counts_are_exact_under_threads(verifier):
     assert verifier.stats["graded"] == verifier.stats["fast"] == 4000
 
 
-# -------------------------------------------------------------------------------- parents of every
-# kind, and their ends
+# ------------------------------------------------------------ parents of every kind, and their ends
 
 
 def script_with(tmp_path, body, head=""):
@@ -400,8 +398,8 @@ def test_two_ranks_under_torchrun(tmp_path):
         with Verifier(num_workers=1, timeout=1.0) as verifier:
             scores = torch.tensor(verifier.score([GOOD, BAD, STUCK, fresh(dist.get_rank())]))
             dist.all_reduce(scores)
-            with open(f"rank{dist.get_rank()}", "w") as file:  # two ranks printing into one pipe
-            may tear each other's lines
+            # a file each: two ranks that print into one pipe may tear each other's lines
+            with open(f"rank{dist.get_rank()}", "w") as file:
                 print(scores.tolist(), verifier.stats["timeouts"], file=file)
         dist.destroy_process_group()
     """,

@@ -468,8 +468,7 @@ def test_ground_truths_of_every_type():
     assert is_correct(boxed(r"\frac{1}{2}"), 0.5) and is_correct(boxed("0.00001"), 1e-05)
 
 
-# ------------------------------------------------------------------------------------- the labelled
-# and the real data
+# ------------------------------------------------------------------- the labelled and the real data
 
 
 def test_labelled_pairs(verifier):
