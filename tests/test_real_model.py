@@ -72,6 +72,7 @@ def test_one_step_of_the_paper_in_small_with_vllm(flags, tmp_path):
                "--eval-data", flags[3], "--eval-questions", 1, "--eval-samples", 1,
                "--num-eval-budgets", 1, "--output-dir", tmp_path / "out", timeout=900)
     (step,) = metrics_of(tmp_path / "out")
+    print(json.dumps(step))     # for the log of .ci/run
     assert step["sampler_gap"] < GAP and step["trained_tokens"] > 200
     assert step["thinking_tokens"] > 8
 
