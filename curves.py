@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 import brpo
+import rundir
 from budgets import prior_probs
 from metrics import without_nan
 from models import model_digest
+from reward_function import reward_source
 from rewards import cumulative_returns, mean_rewards
 from rollout import Rollout, readable
 
@@ -51,10 +53,8 @@ def fingerprint(model: str, reward: str, *settings) -> str:
     """A hash of all that records depend on, besides their questions: the model's files (a hub
     name's commit), the code that samples and grades, a reward function's file, the settings."""
     ours = ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")
-    code = [Path(__file__).with_name(f"{name}.py") for name in ours]
-    code.append(Path(reward.split(":")[0].replace(".", "/") + ".py"))
-    code = [path.read_bytes() for path in code if path.is_file()]
-    return digest(model_digest(model) or model, code, reward, settings)
+    code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ours]
+    return digest(model_digest(model) or model, code, reward_source(reward), settings)
 
 
 def read_records(place: Path) -> list[dict]:
@@ -64,10 +64,8 @@ def read_records(place: Path) -> list[dict]:
 def write_records(place: Path, records: list[dict]):
     """One complete file or none: a kill in between leaves a .partial that nobody reads."""
     place.mkdir(parents=True, exist_ok=True)
-    path = place / f"from-question-{min(r['question'] for r in records):06d}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(records))
-    partial.replace(path)
+    first = min(r["question"] for r in records)
+    rundir.write(place / f"from-question-{first:06d}.json", json.dumps(records))
 
 
 def per_question(records: list[dict]) -> np.ndarray:

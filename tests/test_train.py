@@ -46,21 +46,18 @@ def assert_equal_metrics(a: list[dict], b: list[dict], tolerance: float):
             ), k
 
 
+def four_steps(model, out) -> list:
+    """The flags of a run of 4 steps with a checkpoint after every second one."""
+    return ["--model", model, "--steps", 4, "--save-every", 2, "--output-dir", out, *SMALL]
+
+
 @pytest.fixture(scope="module")
 def unbroken(trained_model_path, tmp_path_factory):
     """One unbroken run of 4 steps, one process, a checkpoint after every second step."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     text = run_script(
         "train.py",
-        "--model",
-        trained_model_path,
-        "--steps",
-        4,
-        "--save-every",
-        2,
-        "--output-dir",
-        out,
-        *SMALL,
+        *four_steps(trained_model_path, out),
     )
     return out, text
 
@@ -193,17 +190,7 @@ def test_a_killed_run_resumes_to_the_same_metrics(
 ):
     """Also on another number of processes than it was killed on."""
     out = tmp_path / "broken"
-    args = [
-        "--model",
-        trained_model_path,
-        "--steps",
-        4,
-        "--save-every",
-        2,
-        "--output-dir",
-        out,
-        *SMALL,
-    ]
+    args = four_steps(trained_model_path, out)
     kill_in_step(args, out, 3, processes)
     assert not (out / "model").exists()
     text = run_script("train.py", *args, "--resume", "auto", processes=then if then > 1 else 0)
