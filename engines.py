@@ -35,6 +35,7 @@ class Request:
     seed: int
     temperature: float
     stream: bool = False        # report tokens as they come, if the engine can
+    follows: str = ""           # the streamed request that `prompt` begins with, prompt and tokens
 
 
 @dataclass
@@ -83,6 +84,8 @@ class PlainEngine:
         self.device, self.max_batch, self.max_batch_tokens = device, max_batch, max_batch_tokens
         self.waiting: list[Request] = []
         self.running: list = []             # batches begun, where one_token_steps
+        # Of the streamed requests of the last step, by id: tokens, and their keys and values.
+        self.kept: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
         # True: step() samples one token of each running batch, for who wants to watch.
         self.one_token_steps = False
         self.version = 0
@@ -95,8 +98,12 @@ class PlainEngine:
 
     def step(self) -> list[Output]:
         """Sample all that waits to its end, in batches of like prompt lengths (less padding)."""
-        waiting, self.waiting = sorted(self.waiting, key=lambda r: (len(r.prompt), r.id)), []
-        batches = [self._generate(batch) for batch in self._batches(waiting)]
+        def order(r):       # what has its prefix in `kept` apart: only its last tokens are prefilled
+            return r.follows in known, len(r.prompt), r.id
+
+        known, self.kept = self.kept, {}
+        waiting, self.waiting = sorted(self.waiting, key=order), []
+        batches = [self._generate(batch, known) for batch in self._batches(waiting)]
         if self.one_token_steps:
             self.running += batches
             new = [(batch, next(batch, None)) for batch in self.running]
@@ -124,15 +131,16 @@ class PlainEngine:
             yield batch
 
     @torch.inference_mode()
-    def _generate(self, batch: list[Request]) -> Iterator[list[Output]]:
+    def _generate(self, batch: list[Request], known: dict) -> Iterator[list[Output]]:
         """The new token of every running request, position by position."""
-        logits, cache, seen, position = self._prefill(batch)
+        logits, cache, seen, position = self._prefill(batch, known)
         # One uniform number per token, drawn ahead from the request's own seed: what else is in the
         # batch cannot matter.
         longest = max(r.max_tokens for r in batch)
         uniform = torch.stack([uniforms(r.seed, longest) for r in batch]).to(self.device)
         temperature = torch.tensor([[r.temperature] for r in batch], device=self.device)
         stop = [set(r.stop) for r in batch]
+        fed = [list(r.prompt) for r in batch]       # the tokens whose keys are in the cache
         alive = list(range(len(batch)))             # batch rows still in the tensors, in order
         for t in range(longest):
             tokens, logp = sample_tokens(logits, temperature, uniform[:, t])
@@ -144,8 +152,11 @@ class PlainEngine:
                 new.append(Output(batch[i].id, [token], [value], over))
                 if over:
                     alive[row] = -1
+                    if batch[i].stream and not self.one_token_steps:
+                        self._keep(batch[i].id, fed[i], cache, row)
                 else:
                     running.append(row)
+                    fed[i].append(token)
             yield new
             if not running:
                 break
@@ -161,23 +172,46 @@ class PlainEngine:
                              past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]
 
-    def _prefill(self, batch: list[Request]):
+    def _keep(self, name: str, tokens: list[int], cache, row: int):
+        """Keep a finished row's keys and values for the requests that follow it, if there is
+        room: [layers, 2, heads, tokens, head size]."""
+        if sum(len(kept) for kept, _ in self.kept.values()) + len(tokens) < self.max_batch_tokens:
+            pairs = [(layer.keys, layer.values) for layer in cache.layers]
+            # The row's tokens stand together at the end, all appended since the prefill.
+            own = [torch.stack([x[row, :, -len(tokens):] for x in pair]) for pair in pairs]
+            self.kept[name] = tuple(tokens), torch.stack(own)
+
+    def _prefill(self, batch: list[Request], known: dict):
         """(next-token logits, KV cache, attention mask, last position), one row per request."""
+        from transformers import DynamicCache
+
         # Summaries of one cut share their whole prompt: each distinct one once, then copy its
         # cache.
-        prompts = list(dict.fromkeys(r.prompt for r in batch))
-        index = {p: i for i, p in enumerate(prompts)}
+        distinct = {r.prompt: r.follows for r in batch}
+        index = {prompt: i for i, prompt in enumerate(distinct)}
         owner = torch.tensor([index[r.prompt] for r in batch], device=self.device)
-        width = max(map(len, prompts))
-        padding = [width - len(p) for p in prompts]
-        ids = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)],
-                           device=self.device)
-        seen = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts)],
-                            device=self.device)
+        # Reused: what the prompt has in common with a known sequence, but for its last token, whose
+        # logits are wanted. The rest is computed. Both are padded at the left.
+        reused = [common_prefix(prompt[:-1], known[name][0] if name in known else ())
+                  for prompt, name in distinct.items()]
+        rest = [prompt[n:] for prompt, n in zip(distinct, reused)]
+        past, width = max(reused), max(map(len, rest))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in rest], device=self.device)
+        seen = torch.tensor([[0] * (past - n) + [1] * n + [0] * (width - len(p)) + [1] * len(p)
+                             for n, p in zip(reused, rest)], device=self.device)
         position = (seen.cumsum(-1) - 1).clamp_min(0)
-        out = self.model(input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True,
-                         logits_to_keep=1)
-        cache = out.past_key_values
+        cache = DynamicCache(config=self.model.config)
+        if past:
+            kept = next(iter(known.values()))[1]
+            layers, pair, heads, _, size = kept.shape
+            old = kept.new_zeros(len(distinct), layers, pair, heads, past, size)
+            for row, (name, n) in enumerate(zip(distinct.values(), reused)):
+                if n:
+                    old[row, ..., past - n:, :] = known[name][1][..., :n, :]
+            for layer in range(layers):
+                cache.update(old[:, layer, 0], old[:, layer, 1], layer)
+        out = self.model(input_ids=ids, attention_mask=seen, position_ids=position[:, past:],
+                         past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_select_indices(owner)
         return out.logits[owner, -1], cache, seen[owner], position[owner, -1:]
 
@@ -187,12 +221,21 @@ class PlainEngine:
         own = self.model.state_dict()
         for name, tensor in weights:
             own.pop(name).copy_(tensor)
+        self.kept = {}          # the old policy's
         if own:
             raise RuntimeError(f"weights never synced: {sorted(own)[:5]}")
         self.version = version
 
     def close(self):
         pass
+
+
+def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens two sequences begin with in common."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
 
 
 def uniforms(seed: int, n: int) -> torch.Tensor:

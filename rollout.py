@@ -162,7 +162,7 @@ def summary_request(r: Rollout, s: Summary, protocol: Protocol, temperature: flo
     key = (r.question.index, r.sample, s.budget_index, s.draw)
     prompt = (*r.question.prompt, *r.thinking[:s.cut], *s.appended)
     return Request("-".join(map(str, key)), prompt, protocol.max_summary_tokens, protocol.eos,
-                   request_seed(*seed, *key), temperature)
+                   request_seed(*seed, *key), temperature, follows="-".join(map(str, key[:2])))
 
 
 def extend_thinking(r: Rollout, out: Output, protocol: Protocol):

@@ -263,6 +263,56 @@ def test_one_token_steps_give_the_same_tokens_one_at_a_time(engine):
     finally:
         engine.one_token_steps = False
     assert stepped == {name: out.tokens for name, out in whole.items()}
+
+
+@pytest.mark.parametrize("room, kept_all", [(2**17, True), (40, False), (0, False)])
+def test_summaries_reuse_the_keys_and_values_of_their_trace(
+        engine, tokenizer, monkeypatch, room, kept_all):
+    """Same tokens as from the whole prefix, of which only the appended text is computed again. With
+    room for few traces or none, the others are."""
+    protocol, widths, forward = Protocol.of(tokenizer, 5), [], engine.model.forward
+    questions = [Question(i, "", "4", tuple(tokenizer.encode(text + " ?<think>")))
+                 for i, text in enumerate(("2 +2", "7 *3 -1 +4"))]
+
+    def sampled():
+        return [(s.tokens, s.logp) for r in sample_rollouts(
+            engine, questions, (4, 9, 12), 4, 2, protocol, 1.0, (0, 0)) for s in r.summaries]
+
+    def recorded(**inputs):
+        widths.append(inputs["input_ids"].shape[1])
+        return forward(**inputs)
+
+    with monkeypatch.context() as without:
+        without.setattr(engine, "_keep", lambda *row: None)
+        expected = sampled()
+    monkeypatch.setattr(engine.model, "forward", recorded)
+    keep, kept = engine._keep, []
+
+    def in_room(*row):
+        with monkeypatch.context() as here:
+            here.setattr(engine, "max_batch_tokens", room)
+            keep(*row)
+        kept.append(len(engine.kept))
+
+    monkeypatch.setattr(engine, "_keep", in_room)
+    for (tokens, logp), (same, close) in zip(sampled(), expected, strict=True):
+        assert tokens == same and logp == pytest.approx(close, abs=1e-5)
+    assert max(kept) == 8 if kept_all else max(kept) < 8 and bool(max(kept)) == bool(room)
+    prompt, *others = [w for w in widths if w > 1]      # a forward each, besides single tokens
+    assert prompt == 6
+    # One more than the appended text: a trace's last token was sampled, but never computed.
+    appended = len(protocol.cut_text + protocol.answer_header)
+    assert others == [1 + appended] if kept_all else max(others) > 1 + appended
+
+
+def test_kept_keys_end_with_the_weights_they_are_of(engine, tokenizer):
+    engine.add(Request("trace", (19, 38, 9, 3), 6, (), 0, 1.0, stream=True))
+    engine.step()
+    assert list(engine.kept) == ["trace"]
+    engine.sync_weights(list(engine.model.state_dict().items()), version=0)
+    assert engine.kept == {}
+
+
 def test_batches_are_bounded_by_tokens(engine, monkeypatch):
     """A batch's cache grows to requests x longest sequence: long prompts run in smaller batches."""
     requests = [Request(f"{n}-{i}", (20,) * n, 8, (4,), i, 1.0)
@@ -275,9 +325,9 @@ def test_batches_are_bounded_by_tokens(engine, monkeypatch):
 
     together, sizes, generate = sampled(), [], engine._generate
 
-    def recorded(batch):
+    def recorded(batch, known):
         sizes.append(len(batch) * max(len(r.prompt) + r.max_tokens for r in batch))
-        return generate(batch)
+        return generate(batch, known)
 
     monkeypatch.setattr(engine, "_generate", recorded)
     monkeypatch.setattr(engine, "max_batch_tokens", 140)
