@@ -98,7 +98,7 @@ class PlainEngine:
 
     def step(self) -> list[Output]:
         """Sample all that waits to its end, in batches of like prompt lengths (less padding)."""
-        def order(r):       # what has its prefix in `kept` apart: only its last tokens are prefilled
+        def order(r):       # what has its prefix known apart: only its last tokens are prefilled
             return r.follows in known, len(r.prompt), r.id
 
         known, self.kept = self.kept, {}
