@@ -19,16 +19,18 @@ this order; the first rule that decides, decides (tests/test_verifier_rules.py h
 """
 
 import atexit
+import ctypes
 import importlib.util
 import itertools
 import json
 import os
+import queue
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from fractions import Fraction
 
@@ -37,6 +39,7 @@ MAX_ANSWER_CHARS = 400      # no dataset answer is longer, and parsing grows fas
 MAX_DEPTH = 30              # parsers recurse; real answers nest less than ten deep
 MAX_CACHE = 50_000          # remembered verdicts; a rollout repeats the same boxes many times
 TASK_TIMEOUT = 5.0          # seconds for one comparison; ordinary ones take 0.01
+START_TIMEOUT = 300.0       # seconds for a worker's imports, which may load a judge's weights
 WORKER_MEMORY = 2 << 30     # bytes of address space per worker
 FAILURES = ("timeouts", "deaths", "exceptions", "unparsable_ground_truths", "invalid_ground_truths")
 LOUD_FAILURE_SHARE = 0.02   # above this share of failed gradings, training should say so
@@ -401,33 +404,27 @@ def _close(truth, box) -> bool:
 
 
 # -------------------------------------------------------------------------------------- supervision
-# parent -> grader process (this file, run as a script) -> pebble's fork server -> workers
-# Children of multiprocessing import the parent's main module: under `torchrun train.py` that means
-# torch in every worker. So the parent starts this file with subprocess (safe with threads and CUDA)
-# and they exchange lines. All of it goes when the parent's pipe closes, however the parent ended.
+# A string may keep the parser busy for hours, in C, where no exception reaches: only a process can
+# be stopped. multiprocessing would import the parent's main module into each, which under `torchrun
+# train.py` means torch. So workers are this file, run as a script: safe beside threads and CUDA.
 
-class Verifier:
-    """Grades in the background: `submit` summaries as they arrive, collect the futures later.
+class Grader:
+    """Processes that answer a line with a line, in the background; a stuck one is killed.
 
-    num_workers (int) processes start with the first pair that the rules cannot decide; `timeout`
-    (seconds) bounds one comparison. `stats` counts gradings: graded, fast (by the rules, or
-    remembered) and each of FAILURES. ImportError if math-verify or pebble is missing.
+    `command`: what follows `python`. The process answers its first line, which is empty, once it is
+    ready; later ones within `timeout` seconds. num_workers (int) threads with a process each, from
+    the first task on. `stats` counts gradings: graded, fast (without a process), and FAILURES.
     """
 
-    def __init__(self, num_workers: int = 2, timeout: float = TASK_TIMEOUT):
-        for module in ("math_verify", "pebble"):
-            if importlib.util.find_spec(module) is None:
-                raise ImportError(f"verifier.py needs {module}: pip install math-verify pebble")
-        self.num_workers, self.timeout = num_workers, timeout
+    def __init__(self, command: list[str], num_workers: int, timeout: float):
+        self.command, self.num_workers, self.timeout = command, num_workers, timeout
         self.stats = dict.fromkeys(("graded", "fast", *FAILURES), 0)
-        self._taken, self._known = dict(self.stats), {}
+        self._taken = dict(self.stats)
         self._reset()
 
     def _reset(self):
         self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
-        self._process, self._pending, self._numbers = None, {}, itertools.count()
-        # (truths, box) -> a verdict, or the futures that wait for it; those belong to the parent
-        self._known = {key: v for key, v in self._known.items() if isinstance(v, str)}
+        self._tasks, self._processes, self._threads = queue.SimpleQueue(), [], []
 
     def __enter__(self):
         return self
@@ -435,9 +432,114 @@ class Verifier:
     def __exit__(self, *_):
         self.close()
 
+    def close(self):
+        """Kill the processes. What is still pending scores 0.0 and counts as a death."""
+        if self._pid == os.getpid():
+            with self._lock:
+                self._closed = True
+                for process in self._processes:
+                    process.kill()
+                for _ in self._threads:
+                    self._tasks.put(None)
+
+    def take_stats(self) -> dict[str, int]:
+        """The counters since the last call: one batch, for the training log."""
+        with self._lock:
+            fresh = {name: count - self._taken[name] for name, count in self.stats.items()}
+            self._taken = dict(self.stats)
+        return fresh
+
+    def _ask(self, line: str, done):
+        """done(reply) is called from another thread; without a reply: "timeouts" or "deaths"."""
+        with self._lock:
+            if not self._closed:
+                self._tasks.put((line, done))
+                while len(self._threads) < self.num_workers:
+                    self._threads.append(threading.Thread(target=self._work, daemon=True))
+                    self._threads[-1].start()
+                return
+        done("deaths")
+
+    def _work(self):
+        process = None
+        while (task := self._tasks.get()) is not None:
+            line, done = task
+            if process is None or process.poll() is not None:   # killed from outside while idle
+                process = self._start()
+            done(ask(process, line, self.timeout) if process else "deaths")
+
+    def _start(self):
+        with self._lock:
+            if self._closed:
+                return None
+            process = start(self.command)
+            self._processes = [p for p in self._processes if p.poll() is None] + [process]
+        ask(process, "", START_TIMEOUT)     # outside of the lock, since it may take long
+        return process
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """A worker. In its own session, as Ctrl-C is for the parent; with one hash seed, as sympy
+    depends on the order of sets."""
+    return subprocess.Popen([sys.executable, *command, str(os.getpid())], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True, start_new_session=True,
+                            env=os.environ | {"PYTHONHASHSEED": "0"})
+
+
+def ask(process: subprocess.Popen, line: str, timeout: float) -> str:
+    """The reply to a line; "timeouts" if the process was killed for being late, "deaths" if it
+    ended otherwise."""
+    late = []
+    timer = threading.Timer(timeout, lambda: (late.append(True), process.kill()))
+    timer.start()
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        reply = process.stdout.readline().strip()
+    except OSError:         # its end of the pipe is closed
+        reply = ""
+    timer.cancel()
+    timer.join()            # a timer that has already fired kills this process, not the next one
+    if reply and not late:
+        return reply
+    process.kill()
+    process.wait()
+    return "timeouts" if late else "deaths"
+
+
+def serve(answer, parent: int):
+    """The worker's side: a line comes, answer(line) goes, until the parent is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: end with the parent
+    if os.getppid() != parent:                          # it ended before that call
+        sys.exit()
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)                                       # what libraries print is no reply
+    for line in sys.stdin:
+        replies.write(answer(line.strip()) + "\n")
+
+
+class Verifier(Grader):
+    """Grades in the background: `submit` summaries as they arrive, collect the futures later.
+
+    num_workers (int) processes start with the first pair that the rules cannot decide; `timeout`
+    (seconds) bounds one comparison. Equal pairs are graded once: remembered ones count as fast.
+    ImportError if math-verify is missing.
+    """
+
+    def __init__(self, num_workers: int = 2, timeout: float = TASK_TIMEOUT):
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError("verifier.py needs math_verify: pip install math-verify")
+        self._known = {}        # (truths, box) -> a verdict, or the futures that wait for it
+        super().__init__([os.path.abspath(__file__), str(timeout)], num_workers, timeout)
+
+    def _reset(self):
+        super()._reset()        # waiting futures are the parent's
+        self._known = {key: v for key, v in self._known.items() if isinstance(v, str)}
+
     def submit(self, summary: str, ground_truth) -> Future:
         """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list."""
-        if self._pid != os.getpid():        # a forked child must not talk into its parent's pipe
+        if self._pid != os.getpid():        # a forked child must not talk into its parent's pipes
             self._reset()
         box = extract_answer(summary) if isinstance(summary, str) else None
         box = normalise(box) if box and len(box) <= MAX_NUMBER_CHARS else ""
@@ -453,31 +555,15 @@ class Verifier:
                 verdict = _verdict(*key)
             except Exception:
                 verdict = "exceptions"      # a fault in the rules: a counted 0
-            self._settle(key, verdict, fast=True) if verdict else self._send(key)
+            if verdict:
+                self._settle(key, verdict, fast=True)
+            else:
+                self._ask(json.dumps(key), lambda reply: self._settle(key, reply))
         return future
 
     def score(self, pairs) -> list[float]:
         """0.0 or 1.0 for each (summary, ground_truth), in order; waits for all of them."""
         return [future.result() for future in [self.submit(*pair) for pair in pairs]]
-
-    def take_stats(self) -> dict[str, int]:
-        """The counters since the last call: one batch, for the training log."""
-        with self._lock:
-            fresh = {name: count - self._taken[name] for name, count in self.stats.items()}
-            self._taken = dict(self.stats)
-        return fresh
-
-    def close(self):
-        """Stop the processes. What is still pending scores 0.0 and counts as a death."""
-        with self._lock:
-            process, self._closed = self._process, True
-        if process is None or self._pid != os.getpid():
-            return
-        try:
-            process.stdin.close()
-            process.wait(timeout=5)
-        except (OSError, subprocess.TimeoutExpired):
-            process.kill()                  # its workers and fork server follow
 
     def _settle(self, key, verdict: str, fast: bool = False):
         with self._lock:
@@ -493,41 +579,6 @@ class Verifier:
                 self.stats[name] += len(futures)
         for future in futures:
             future.set_result(float(verdict == "right"))
-
-    def _send(self, key, attempt: int = 0):
-        with self._lock:
-            if self._closed:
-                return self._settle(key, "deaths")
-            if self._process is None:
-                self._start()
-            number = next(self._numbers)
-            self._pending[number] = key, attempt
-            try:
-                self._process.stdin.write(json.dumps([number, *key]) + "\n")
-                self._process.stdin.flush()
-            except OSError:
-                pass                        # it just died; `_read` will see that and send again
-
-    def _start(self):
-        arguments = str(self.num_workers), str(self.timeout)
-        # its own session, as Ctrl-C is for the parent; one hash seed, as sympy depends on set order
-        self._process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), *arguments], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"})
-        threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
-
-    def _read(self, process):
-        for line in process.stdout:
-            number, verdict = line.split()
-            with self._lock:
-                key, _ = self._pending.pop(int(number))
-            self._settle(key, verdict)
-        process.wait()                      # the grader process was closed, or killed from outside
-        with self._lock:
-            lost, self._pending, self._process = self._pending, {}, None
-        for key, attempt in lost.values():
-            self._send(key, attempt + 1) if attempt == 0 else self._settle(key, "deaths")
 
 
 def failure_share(stats: dict) -> float:
@@ -556,13 +607,14 @@ def _verdict(truths, box: str, *compare) -> str | None:
     return None if best is None else "right" if best else "wrong"
 
 
-def _grade(truths: list[str], box: str, timeout: float) -> str:
+def _grade(line: str, timeout: float) -> str:
     """One pair in a worker. Returns a word: printing or pickling a parsed object can hang."""
-    # pebble keeps the time; should pebble be gone, the kernel ends even a worker stuck in C
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if not line:
+        return "ready"
+    # the parent keeps the time; should it be gone, the kernel ends even a worker stuck in C
     signal.alarm(int(timeout) + 3)
     try:
-        return _verdict(truths, box, _math_verify) or "unparsable_ground_truths"
+        return _verdict(*json.loads(line), _math_verify) or "unparsable_ground_truths"
     except MemoryError:
         os._exit(1)                         # a death: this worker is full, a fresh one is not
     except BaseException:                   # math-verify's own TimeoutException is no Exception
@@ -571,58 +623,14 @@ def _grade(truths: list[str], box: str, timeout: float) -> str:
         signal.alarm(0)
 
 
-def _init_worker():
-    import ctypes
-    import resource
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # pebble's own waits for a C loop to end
+def _limit_worker():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: go with the fork server
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1), os.dup2(null, 2)                  # the parser prints its complaints
-
-
-def _serve(num_workers: int, timeout: float):
-    """The grader process: lines `[number, truths, box]` in, lines `number verdict` out."""
-    import multiprocessing
-    import select
-
-    from pebble import ProcessPool
-    replies, parent, lock = os.dup(1), os.getppid(), threading.Lock()
-    open_tasks, last_reply, buffer = set(), time.monotonic(), b""
-    os.dup2(2, 1)
-    context = multiprocessing.get_context("forkserver")     # restarts fast, math-verify loaded
-    context.set_forkserver_preload(["math_verify", "pebble"])
-    pool = ProcessPool(num_workers, initializer=_init_worker, context=context)
-
-    def reply(number, future):
-        nonlocal last_reply
-        error = future.exception()
-        failure = "timeouts" if isinstance(error, TimeoutError) else "deaths"
-        verdict = failure if error else future.result()
-        with lock:
-            open_tasks.discard(number)
-            last_reply = time.monotonic()
-            os.write(replies, f"{number} {verdict}\n".encode())
-
-    while os.getppid() == parent:           # a sibling of the parent may have inherited the pipe
-        if open_tasks and time.monotonic() - last_reply > 10 * timeout + 30:
-            os._exit(1)                     # the pool itself is stuck; the parent starts another
-        if not select.select([0], [], [], 1.0)[0]:
-            continue
-        if not (chunk := os.read(0, 1 << 16)):
-            break
-        *lines, buffer = (buffer + chunk).split(b"\n")
-        for line in lines:
-            number, truths, box = json.loads(line)
-            last_reply = last_reply if open_tasks else time.monotonic()
-            open_tasks.add(number)
-            future = pool.schedule(_grade, args=(truths, box, timeout), timeout=timeout)
-            future.add_done_callback(lambda future, number=number: reply(number, future))
-    pool.stop()
-    pool.join()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)        # the parser prints its complaints
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), float(sys.argv[2]))
+    import math_verify  # noqa: F401    now, not within the first task's time
+    _limit_worker()
+    serve(lambda line: _grade(line, float(sys.argv[1])), int(sys.argv[2]))

@@ -17,12 +17,12 @@ import re
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_verifier_rules as cases  # noqa: E402
-from pebble import ProcessPool  # noqa: E402
 
 import verifier as rules  # noqa: E402
 
@@ -65,13 +65,20 @@ def print_accuracy():
 
 def remembered_math_verify():
     """rules._math_verify in a worker: most questions do not change when a rule is switched off."""
-    pool = ProcessPool(1, initializer=rules._init_worker)
+    worker = rules.Grader([__file__, "--worker"], 1, 5.0)
 
     @functools.cache
     def compare(truth, box):
-        future = pool.schedule(rules._math_verify, args=(truth, box), timeout=5)
-        return False if future.exception() else future.result()     # a timeout or a death is a 0
+        future = Future()
+        worker._ask(json.dumps([truth, box]), future.set_result)
+        return future.result() == "True"        # a timeout or a death is a 0
     return compare
+
+
+def work():
+    rules._limit_worker()
+    rules.serve(lambda line: str(rules._math_verify(*json.loads(line))) if line else "ready",
+                int(sys.argv[2]))
 
 
 def ablation_sets(count):
@@ -171,4 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    work() if "--worker" in sys.argv else main()

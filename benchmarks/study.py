@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import miniature  # noqa: E402
 from config import EXPERIMENTS, Config  # noqa: E402
 
-RATES = (0.75e-4, 1.5e-4, 3e-4, 6e-4)
+RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 TUNING_SEEDS = (5, 6)
 TUNED = ("ar-uniform", "grpo")
 BASELINES = ("group", "loo", "progress", "none", "fitted")       # besides brpo, in ar-uniform

@@ -67,21 +67,14 @@ def gone(pids, seconds=8.0):
     return not alive(pids)
 
 
-def role(pid):
-    command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return (
-        "grader"
-        if b"verifier.py" in command
-        else "fork server or worker"
-        if b"forkserver" in command
-        else "other"
-    )
-
-
 def workers(verifier):
-    """The processes below the fork server."""
-    pool = [pid for pid in children(verifier._process.pid) if role(pid) == "fork server or worker"]
-    return [pid for pid in pool if not children(pid)]
+    return [process.pid for process in verifier._processes if process.poll() is None]
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def run(script, *args, cwd=ROOT, timeout=60, **kwargs):
@@ -114,8 +107,8 @@ def test_plain_answers_start_no_process(verifier):
             (r"\boxed{\text{odd}}", "odd"),
         ]
     ) == [1, 0, 0, 1, 1]
-    assert verifier._process is None and verifier.stats["graded"] == verifier.stats["fast"] == 5
-    assert verifier.score([GOOD, BAD]) == [1, 0] and verifier._process is not None
+    assert not verifier._processes and verifier.stats["graded"] == verifier.stats["fast"] == 5
+    assert verifier.score([GOOD, BAD]) == [1, 0] and len(workers(verifier)) == 1
     assert verifier.stats["graded"] == 7 and verifier.stats["fast"] == 5
 
 
@@ -134,7 +127,7 @@ def test_a_stuck_worker_is_replaced_and_the_next_pair_is_graded_at_once(verifier
     assert verifier.submit(*STUCK).result() == 0.0
     start = time.perf_counter()
     assert verifier.score([fresh(3)]) == [1.0]
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 6.0, "a new process needs about 0.5 s"
     assert verifier.stats["timeouts"] == 1 and len(before) == 1 and before != workers(verifier)
 
 
@@ -168,15 +161,17 @@ def test_a_killed_idle_worker_costs_nothing(verifier):
     assert verifier.score([fresh(5), BAD]) == [1.0, 0.0] and failure_share(verifier.stats) == 0
 
 
-def test_a_killed_grader_process_is_restarted_and_loses_nothing(verifier):
-    verifier.score([GOOD])
-    old = [verifier._process.pid, *children(verifier._process.pid)]
-    futures = [verifier.submit(*STUCK)] + [verifier.submit(*fresh(k)) for k in range(4)]
-    time.sleep(0.5)  # its worker is stuck by now, and notices nothing by itself
-    os.kill(old[0], signal.SIGKILL)
-    assert [future.result(timeout=20) for future in futures] == [0, 1, 1, 1, 1]
-    assert verifier.stats["timeouts"] == 1 and verifier.stats["deaths"] == 0
-    assert gone(old, 15), "fork server and workers must follow the grader process"
+def test_killed_workers_cost_the_pairs_they_had_and_no_other():
+    with Verifier(num_workers=2, timeout=30) as verifier:
+        also_stuck = STUCK[0].replace("50", "51"), STUCK[1]
+        stuck = [verifier.submit(*STUCK), verifier.submit(*also_stuck)]
+        queued = [verifier.submit(*fresh(k)) for k in range(4)]
+        wait_for(lambda: len(workers(verifier)) == 2)
+        time.sleep(2)       # both import math-verify, then work on what never ends
+        for pid in workers(verifier):
+            os.kill(pid, signal.SIGKILL)
+        assert [f.result(timeout=20) for f in [*stuck, *queued]] == [0, 0, 1, 1, 1, 1]
+        assert verifier.stats["timeouts"] == 0 and verifier.stats["deaths"] == 2
 
 
 def test_a_grader_that_cannot_start_fails_loudly_and_without_hanging(monkeypatch, verifier):
@@ -222,23 +217,21 @@ def test_a_worker_has_a_memory_limit(tmp_path):
         import verifier as rules
         out = os.dup(1)
         mmap.mmap(-1, 3 << 30).close()      # this machine would give it
-        rules._init_worker()
+        rules._limit_worker()
         try:
             bytearray(3 << 30)
         except MemoryError:
             os.write(out, b"limited")
-        os.write(1, b"and silent")
+        os.write(2, b"and silent")
     """)
     )
-    assert run(script).stdout == "limited"
+    result = run(script)
+    assert (result.stdout, result.stderr) == ("limited", "")
 
 
 def test_closed_and_pending(verifier):
     verifier.score([GOOD])
-    processes, future = (
-        [verifier._process.pid, *children(verifier._process.pid)],
-        verifier.submit(*STUCK),
-    )
+    processes, future = workers(verifier), verifier.submit(*STUCK)
     start = time.perf_counter()
     verifier.close()
     assert future.result(timeout=5) == 0.0 and time.perf_counter() - start < 5 and gone(processes)
@@ -266,12 +259,9 @@ def test_hostile_strings():
             assert row["expected"] in (None, score), row["id"]
             start = time.perf_counter()
             assert (
-                verifier.score([fresh(100 + number)]) == [1.0] and time.perf_counter() - start < 2
+                verifier.score([fresh(100 + number)]) == [1.0] and time.perf_counter() - start < 4
             ), row["id"]
-        status = [
-            Path(f"/proc/{pid}/status").read_text()
-            for pid in [verifier._process.pid, *children(verifier._process.pid)]
-        ]
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in workers(verifier)]
         peak = sum(int(text.split("VmHWM:")[1].split()[0]) for text in status if "VmHWM:" in text)
         assert 0 < peak < 2 << 20, f"{peak} KiB"
     assert len(rows) > 40 and verifier.stats["exceptions"] == 0
@@ -346,7 +336,7 @@ def test_no_process_outlives_the_parent(tmp_path, ending, code, entered):
         f"""
         verifier = Verifier(num_workers=2, timeout=60.0)
         verifier.score([GOOD])
-        verifier.submit(*STUCK)
+        verifier.submit(*STUCK), verifier.submit(*fresh(0))
         time.sleep(0.3)
         print(*children(os.getpid()), flush=True)
         if {entered}:
@@ -359,7 +349,7 @@ def test_no_process_outlives_the_parent(tmp_path, ending, code, entered):
     start = time.perf_counter()
     result = run(script)
     processes = [int(pid) for pid in result.stdout.split()]
-    assert len(processes) >= 4, (result.stdout, result.stderr)
+    assert len(processes) == 2, (result.stdout, result.stderr)
     assert result.returncode == code and time.perf_counter() - start < 25
     assert gone(processes)
     assert "leaked" not in result.stderr
@@ -385,8 +375,8 @@ def test_the_parents_main_module_is_not_imported_again(tmp_path):
     result = run(script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     restart, with_torch, count = map(float, result.stdout.split())
-    assert (tmp_path / "imported").read_text() == "x" and with_torch == 0 and count >= 3
-    assert restart < 4, "a restart takes about 0.2 s on a free core; machines are shared"
+    assert (tmp_path / "imported").read_text() == "x" and with_torch == 0 and count == 1
+    assert restart < 6, "a restart takes about 0.5 s on a free core; machines are shared"
 
 
 def test_two_ranks_under_torchrun(tmp_path):
