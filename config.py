@@ -8,7 +8,8 @@ flags is answered in a second.
 import os
 import sys
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from budgets import BudgetPrior, prior_probs
 
@@ -375,3 +376,56 @@ def batch_arithmetic(config: Config, world_size: int) -> str:
         f"{c.updates_per_step} updates a step; loss denominator {traces // c.updates_per_step} × "
         f"{c.response_length} = {c.denominator}",
     ])
+
+
+# ------------------------------------------------------------------------- the flags of evaluate.py
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measure the anytime curve of saved models."""
+
+    models: Annotated[tuple[str, ...], "positional"]    # Model directories or hub names.
+    # Where the fields left out below come from: sets, budgets, samples, prompt, engine.
+    preset: Literal["miniature", "paper-8k", "paper-16k"] = "miniature"
+    ask: str = ""                       # Answer this one question, as the model thinks about it.
+    budgets: tuple[int, ...] = ()       # Thinking budgets, increasing.
+    data: tuple[str, ...] = ()          # Files, named sets, or "paper" for the authors' five files.
+    samples: int = 0                    # Thinking traces per question.
+    summaries: int = 1                  # A, per budget; more of them only sharpen the estimate.
+    questions: int = -1                 # At most so many per set; 0: all.
+    temperature: float = -1.0           # Sampling temperature.
+    seed: int = 0                       # Decides every sampled token, and the bootstrap.
+    engine: Literal["", "plain", "vllm"] = ""   # Sampling by transformers or by vLLM.
+    prompt_template: str = ""           # The user message, with {question}.
+    system_prompt: str = ""             # The system message.
+    chat_template_args: tuple[str, ...] = ()    # Of the chat template, as name=value.
+    max_prompt_tokens: int = 0          # Longer prompts are dropped, with a count.
+    question_field: str = "problem"     # Column of the question in files.
+    answer_field: str = "answer"        # Column of the ground truth in files.
+    reward: str = ""                    # "math", or module:function, as in training.
+    chunk: int = 0                      # Questions between two writes of the records; 0: automatic.
+    # Where the results go; default: evaluation/ beside the first model.
+    output_dir: str = ""
+
+    @property
+    def output(self) -> Path:
+        return Path(self.output_dir or Path(self.models[0]).parent / "evaluation")
+
+
+def evaluation_config(a: Evaluation) -> Config:
+    """The preset with what the arguments override; ValueError names a bad one."""
+    if a.summaries < 1:
+        raise ValueError(f"--summaries {a.summaries}: must be at least 1")
+    if a.samples < 0 or a.chunk < 0:
+        raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
+    given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
+             "engine": a.engine, "prompt_template": a.prompt_template,
+             "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,
+             "reward": a.reward, "max_prompt_tokens": a.max_prompt_tokens}
+    given = {name: value for name, value in given.items() if value}
+    if a.questions != Evaluation.questions:
+        given["eval_questions"] = a.questions
+    if a.temperature != Evaluation.temperature:
+        given["eval_temperature"] = a.temperature
+    return replace(Config(**{**PRESETS[a.preset], **FINAL_TABLES[a.preset], **given}), seed=a.seed,
+                   question_field=a.question_field, answer_field=a.answer_field)

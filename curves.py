@@ -24,7 +24,8 @@ from metrics import without_nan
 from models import model_digest
 from reward_function import reward_source
 from rewards import cumulative_returns, mean_rewards
-from rollout import Rollout, readable
+from rollout import Rollout
+from watch import readable
 
 # Behind the M accuracies: what else is averaged over the traces of a question.
 COLUMNS = ("thinking_tokens", "closed", "overthinking", "summary_tokens")
@@ -66,6 +67,16 @@ def write_records(place: Path, records: list[dict]):
     place.mkdir(parents=True, exist_ok=True)
     first = min(r["question"] for r in records)
     rundir.write(place / f"from-question-{first:06d}.json", json.dumps(records))
+
+
+def curve_of(records: dict[str, list[dict]], budgets: tuple[int, ...], samples: int,
+             temperature: float, seed: int) -> dict:
+    """Everything the records {set: [record]} say, as it stands in eval.json."""
+    columns = {name: per_question(of) for name, of in records.items()}
+    return {"budgets": list(budgets), **summarise(columns, budgets, seed),
+            "samples": samples, "temperature": temperature, "seed": seed,
+            "variance": variance_figure(records, budgets, temperature),
+            "example": next(iter(records.values()))[0]["example"]}
 
 
 def per_question(records: list[dict]) -> np.ndarray:

@@ -16,32 +16,20 @@ The paper's variance figure is the "variance" block of
         --budgets 2000 4000 6000 8000
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
 
 from tqdm import tqdm
 
 import distributed
-from config import FINAL_TABLES, PRESETS, Config, check, refuse_empty
-from curves import (
-    digest,
-    fingerprint,
-    paired_differences,
-    per_question,
-    read_records,
-    record,
-    summarise,
-    variance_figure,
-    write_records,
-)
-from data import Question, load_questions, make_questions, set_names
-from engines import make_engine, require_engine
-from models import open_tokenizer
-from plots import draw_curves, labels_of, table
-from reward_function import make_verifier, require_reward
+from config import Evaluation, evaluation_config, refuse_empty
+from curves import curve_of, digest, fingerprint, read_records, record, write_records
+from data import Question
+from engines import make_engine
+from plots import labels_of, write_results
+from reward_function import make_verifier
 from rollout import Protocol, make_grader, sample_rollouts
+from startup import prepare_evaluation
 from verifier import Verifier
 from watch import ask
 
@@ -61,16 +49,6 @@ def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, .
     records = sample_records(engine, sets, budgets, samples, protocol, tokenizer, verifier,
                              temperature, seed, tensor_parallel_size)
     return curve_of(records, budgets, samples, temperature, seed)
-
-
-def curve_of(records: dict[str, list[dict]], budgets: tuple[int, ...], samples: int,
-             temperature: float, seed: int) -> dict:
-    """Everything the records {set: [record]} say, as it stands in eval.json."""
-    columns = {name: per_question(of) for name, of in records.items()}
-    return {"budgets": list(budgets), **summarise(columns, budgets, seed),
-            "samples": samples, "temperature": temperature, "seed": seed,
-            "variance": variance_figure(records, budgets, temperature),
-            "example": next(iter(records.values()))[0]["example"]}
 
 
 def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, ...], samples: int,
@@ -116,105 +94,16 @@ def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, 
     return out
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Measure the anytime curve of saved models."""
-
-    models: Annotated[tuple[str, ...], "positional"]    # Model directories or hub names.
-    # Where the fields left out below come from: sets, budgets, samples, prompt, engine.
-    preset: Literal["miniature", "paper-8k", "paper-16k"] = "miniature"
-    ask: str = ""                       # Answer this one question, as the model thinks about it.
-    budgets: tuple[int, ...] = ()       # Thinking budgets, increasing.
-    data: tuple[str, ...] = ()          # Files, named sets, or "paper" for the authors' five files.
-    samples: int = 0                    # Thinking traces per question.
-    summaries: int = 1                  # A, per budget; more of them only sharpen the estimate.
-    questions: int = -1                 # At most so many per set; 0: all.
-    temperature: float = -1.0           # Sampling temperature.
-    seed: int = 0                       # Decides every sampled token, and the bootstrap.
-    engine: Literal["", "plain", "vllm"] = ""   # Sampling by transformers or by vLLM.
-    prompt_template: str = ""           # The user message, with {question}.
-    system_prompt: str = ""             # The system message.
-    chat_template_args: tuple[str, ...] = ()    # Of the chat template, as name=value.
-    max_prompt_tokens: int = 0          # Longer prompts are dropped, with a count.
-    question_field: str = "problem"     # Column of the question in files.
-    answer_field: str = "answer"        # Column of the ground truth in files.
-    reward: str = ""                    # "math", or module:function, as in training.
-    chunk: int = 0                      # Questions between two writes of the records; 0: automatic.
-    # Where the results go; default: evaluation/ beside the first model.
-    output_dir: str = ""
-
-
-def settings(a: Arguments) -> Config:
-    """The preset with what the arguments override; ValueError names a bad one."""
-    if a.summaries < 1:
-        raise ValueError(f"--summaries {a.summaries}: must be at least 1")
-    if a.samples < 0 or a.chunk < 0:
-        raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
-    given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
-             "engine": a.engine, "prompt_template": a.prompt_template,
-             "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,
-             "reward": a.reward, "max_prompt_tokens": a.max_prompt_tokens}
-    given = {name: value for name, value in given.items() if value}
-    if a.questions != Arguments.questions:
-        given["eval_questions"] = a.questions
-    if a.temperature != Arguments.temperature:
-        given["eval_temperature"] = a.temperature
-    return replace(Config(**{**PRESETS[a.preset], **FINAL_TABLES[a.preset], **given}), seed=a.seed,
-                   question_field=a.question_field, answer_field=a.answer_field)
-
-
-def output_directory(a: Arguments) -> Path:
-    return Path(a.output_dir or Path(a.models[0]).parent / "evaluation")
-
-
-def prepare(a: Arguments, c: Config) -> dict:
-    """{model: (tokenizer, protocol, question sets)}, checked before any weight is loaded."""
-    if not a.models:
-        raise ValueError("no model: name one or more directories or hub names")
-    if "miniature" in a.models:
-        raise ValueError("miniature is no model to evaluate but one that train.py makes: name its "
-                         "directory, runs/.../model")
-    for name in ("samples", "summaries", "questions", "temperature", "seed", "chunk"):
-        if getattr(a, name) < 0 and getattr(a, name) != getattr(Arguments, name):
-            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
-    check(c)
-    require_engine(c.engine)
-    require_reward(c.reward)
-    opened = {}
-    for model in a.models:
-        tokenizer, eos = open_tokenizer(model, c.max_prompt_tokens + c.evaluation_budgets[-1]
-                                        + c.summary_room)
-        sets = {}
-        for name in [] if a.ask else set_names(c.eval_data):
-            sets[name], report = load_questions(
-                name, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field,
-                c.answer_field, "test", c.eval_questions, **c.question_options)
-            if distributed.rank() == 0 and model == a.models[0]:
-                print(report)
-        if a.ask:
-            sets, _ = make_questions([(a.ask, "")], tokenizer, c.prompt_template,
-                                     c.max_prompt_tokens, c.system_prompt, c.chat_template_args)
-        protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
-        opened[model] = tokenizer, protocol, sets
-    if distributed.rank() == 0 and not a.ask:
-        try:
-            output_directory(a).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ValueError(f"--output-dir {output_directory(a)} cannot be written "
-                             f"({e.strerror}): choose another") from None
-    return opened
-
-
 def main(args: list[str] | None = None):
     import tyro
 
     refuse_empty(args)
-    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Arguments), args=args,
+    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Evaluation), args=args,
                  console_outputs=distributed.rank() == 0)
     with distributed.exit_on_bad_input():
-        c = settings(a)
-        opened = prepare(a, c)
-    output = output_directory(a)
+        c = evaluation_config(a)
+        opened = prepare_evaluation(a, c)
+    output = a.output
     labels, curves, records = labels_of(a.models), {}, {}
     with make_verifier(c) as verifier:
         for model, (tokenizer, protocol, sets) in opened.items():
@@ -242,31 +131,6 @@ def main(args: list[str] | None = None):
     if distributed.rank() == 0 and not a.ask:
         write_results(a, c, output, labels, curves, records, opened)
     distributed.stop()
-
-
-def write_results(a: Arguments, c: Config, output: Path, labels: dict[str, str],
-                  curves: dict[str, dict], records: dict[str, dict], opened: dict):
-    """eval.json, table.md, anytime_curve.png; and the table on the terminal."""
-    first, *others = a.models
-    texts = {m: {name: [(q.index, q.text) for q in of] for name, of in opened[m][2].items()}
-             for m in a.models}
-    columns = {m: {name: per_question(of) for name, of in records[m].items()} for m in a.models}
-    # Only where both were asked the same: a tokenizer may have dropped other prompts as overlong.
-    differences = {m: paired_differences(columns[first], columns[m], c.evaluation_budgets, c.seed)
-                   for m in others if texts[m] == texts[first]}
-    # One model: its curve is the file's content; several: one entry each.
-    content = curves[first] if not others else {
-        "models": curves, "paired_differences": {"from": first, "to": differences}}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "eval.json").write_text(json.dumps(content, indent=1))
-    text = table({labels[m]: curve for m, curve in curves.items()},
-                 {f"{labels[m]} - {labels[first]}": of for m, of in differences.items()})
-    (output / "table.md").write_text(text)
-    draw_curves({labels[m]: curve for m, curve in curves.items()}, output / "anytime_curve.png")
-    for m, curve in curves.items():
-        print(f"{labels[m]}\n  accuracy " + "  ".join(
-            f"@{b} {x:.3f}" for b, x in zip(curve["budgets"], curve["accuracy"])))
-    print(f"\n{text}\nwrote {output}/: eval.json, table.md, anytime_curve.png")
 
 
 if __name__ == "__main__":

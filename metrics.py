@@ -19,8 +19,8 @@ import brpo
 import distributed
 from checkpoint import last_good
 from config import Config
-from rollout import readable
 from verifier import LOUD_FAILURE_SHARE, failure_share
+from watch import example_lines, readable
 
 EXPECTED_RISE = 0.25            # of anytime accuracy, in the default run
 MAX_SKIPPED = 5                 # updates in a row with a nan or an infinity: then the run stops
@@ -247,15 +247,3 @@ def report(c, output_dir: Path, history: list[dict]):
               + ("" if rise >= EXPECTED_RISE else "   << LESS THAN EXPECTED"))
     print(f"wrote {output_dir}/: model/, metrics.jsonl, samples.jsonl, eval.json, "
           "anytime_curve.png")
-
-
-def example_lines(example: dict, width: int = 60) -> list[str]:
-    """A rollout (rollout.readable) as a line per budget; of a long text, its end."""
-    def flat(text: str, width: int) -> str:
-        text = " ".join(text.split())
-        return text if len(text) <= width else "…" + text[1 - width:]
-
-    longest = min(width, max(len(flat(cut["thinking"], width)) for cut in example["cuts"]))
-    return [f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
-            f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"
-            for cut in example["cuts"]]

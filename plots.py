@@ -4,7 +4,11 @@ Both take curves as evaluate.py makes them (curves.summarise, with "budgets"); a
 any {"budgets", "accuracy", "anytime_accuracy", "sets": {name: {"accuracy", "stderr"}}}.
 """
 
+import json
 from pathlib import Path
+
+from config import Config, Evaluation
+from curves import paired_differences, per_question
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -133,3 +137,28 @@ def _cell(value: float | None, error: float | None, decimals: int, sign: str = "
 
 def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_results(a: Evaluation, c: Config, output: Path, labels: dict[str, str],
+                  curves: dict[str, dict], records: dict[str, dict], opened: dict):
+    """eval.json, table.md, anytime_curve.png; and the table on the terminal."""
+    first, *others = a.models
+    texts = {m: {name: [(q.index, q.text) for q in of] for name, of in opened[m][2].items()}
+             for m in a.models}
+    columns = {m: {name: per_question(of) for name, of in records[m].items()} for m in a.models}
+    # Only where both were asked the same: a tokenizer may have dropped other prompts as overlong.
+    differences = {m: paired_differences(columns[first], columns[m], c.evaluation_budgets, c.seed)
+                   for m in others if texts[m] == texts[first]}
+    # One model: its curve is the file's content; several: one entry each.
+    content = curves[first] if not others else {
+        "models": curves, "paired_differences": {"from": first, "to": differences}}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "eval.json").write_text(json.dumps(content, indent=1))
+    text = table({labels[m]: curve for m, curve in curves.items()},
+                 {f"{labels[m]} - {labels[first]}": of for m, of in differences.items()})
+    (output / "table.md").write_text(text)
+    draw_curves({labels[m]: curve for m, curve in curves.items()}, output / "anytime_curve.png")
+    for m, curve in curves.items():
+        print(f"{labels[m]}\n  accuracy " + "  ".join(
+            f"@{b} {x:.3f}" for b, x in zip(curve["budgets"], curve["accuracy"])))
+    print(f"\n{text}\nwrote {output}/: eval.json, table.md, anytime_curve.png")

@@ -215,19 +215,6 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
     return grade
 
 
-def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
-    """A rollout as text: at each budget the thinking since the one before, and its first summary's
-    answer and score. As JSON in samples.jsonl, and on the terminal after training."""
-    cuts, start, draws = [], 0, len(rollout.summaries) // len(budgets)
-    for b, s in zip(budgets, rollout.summaries[::draws]):
-        cuts.append({"budget": b, "thinking": tokenizer.decode(rollout.thinking[start:s.cut]),
-                     "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
-                     "score": s.score})
-        start = s.cut
-    return {"question": rollout.question.text, "ground_truth": rollout.question.ground_truth,
-            "finish": rollout.finish, "cuts": cuts}
-
-
 def scores_of(rollouts: list[Rollout], num_rollouts: int, num_budgets: int,
               num_summaries: int) -> torch.Tensor:
     """The verdicts as one tensor, [B, G, M, A]."""

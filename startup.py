@@ -16,8 +16,8 @@ import checkpoint
 import distributed
 import miniature
 import rundir
-from config import Config, batch_arithmetic, check
-from data import digest_of, load_questions, set_names
+from config import Config, Evaluation, batch_arithmetic, check
+from data import digest_of, load_questions, make_questions, set_names
 from engines import make_engine, require_engine
 from metrics import Logger, require_logger
 from models import check_attention, model_digest, open_tokenizer
@@ -132,3 +132,41 @@ def load(c: Config, run: Run):
     if distributed.rank() == 0:     # last: with it the directory holds a run, which --resume wants
         rundir.write(run.dir / "config.json", json.dumps(asdict(c), indent=1))
     return engine, model, optimizer
+
+
+def prepare_evaluation(a: Evaluation, c: Config) -> dict:
+    """{model: (tokenizer, protocol, question sets)}, checked before any weight is loaded."""
+    if not a.models:
+        raise ValueError("no model: name one or more directories or hub names")
+    if "miniature" in a.models:
+        raise ValueError("miniature is no model to evaluate but one that train.py makes: name its "
+                         "directory, runs/.../model")
+    for name in ("samples", "summaries", "questions", "temperature", "seed", "chunk"):
+        if getattr(a, name) < 0 and getattr(a, name) != getattr(Evaluation, name):
+            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
+    check(c)
+    require_engine(c.engine)
+    require_reward(c.reward)
+    opened = {}
+    for model in a.models:
+        tokenizer, eos = open_tokenizer(model, c.max_prompt_tokens + c.evaluation_budgets[-1]
+                                        + c.summary_room)
+        sets = {}
+        for name in [] if a.ask else set_names(c.eval_data):
+            sets[name], report = load_questions(
+                name, tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field,
+                c.answer_field, "test", c.eval_questions, **c.question_options)
+            if distributed.rank() == 0 and model == a.models[0]:
+                print(report)
+        if a.ask:
+            sets, _ = make_questions([(a.ask, "")], tokenizer, c.prompt_template,
+                                     c.max_prompt_tokens, c.system_prompt, c.chat_template_args)
+        protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
+        opened[model] = tokenizer, protocol, sets
+    if distributed.rank() == 0 and not a.ask:
+        try:
+            a.output.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--output-dir {a.output} cannot be written "
+                             f"({e.strerror}): choose another") from None
+    return opened

@@ -14,31 +14,7 @@ its accuracy at every budget. A run leaves in <output_dir>: config.json, metrics
 step), samples.jsonl (a few rollouts a step, as text), eval.json, anytime_curve.png (before and
 after), model/ (Hugging Face layout), checkpoints/ and rollouts/ (since the newest of them).
 config.py holds every constant.
-
-Departures from the paper, and from the authors' code where the two differ:
- 1. The sampler correction min(exp(old - sampler), C) is on, C = 2; --sampler-cap 0 is the paper.
- 2. Randomness is a function of (seed, step, question, sample), not the state of a generator.
- 3. Questions left over at the end of an epoch are skipped, so that all updates have one size.
- 4. Summaries that are not trained (GRPO's variants) are sampled and graded, but not in the update.
- 5. A trace that ends in end-of-text scores 0 and is asked for no summary; the authors' code asks.
- 6. Grading is by math-verify behind our own rules (verifier.py), not by string form and sympy.
- 7. A summary token weighs as much as a thinking token in the authors' code and the paper presets,
-    but 1/(M·A) of it in the miniature, whose traces are short (--summary-loss mean).
- 8. The miniature is evaluated at temperature 1.0, where the curve is J itself; the paper presets at
-    the paper's 0.6.
- 9. A blank line directly behind the answer header is forgiven: the authors' code grades the empty
-    paragraph before it, and scores 0. Both grade the first paragraph only.
-10. The denominator's maximum response length is b_M + (M·A + 1) (max_summary_tokens +
-    max_appended_tokens), from the run's own M and A, so GRPO's is smaller. AdamW's step does not
-    depend on the loss's scale; what clipping the gradient does, depends on it.
-11. Rows whose ground truth is blank are dropped: no answer to them could ever score.
-12. The format rule is read from text: the authors' code counts one token id, and would let pass a
-    second </think> that the policy spells in several smaller tokens.
-13. The first update has the full learning rate: in the authors' run the schedule gives the whole
-    first step rate 0, so it moves nothing.
-14. The updates of a step are split strictly by question: the authors' mix a few percent of the
-    second half's questions into the first.
-15. The miniature's learning rate falls linearly to 0; the paper presets keep it constant.
+Where it departs from the paper: docs/departures.md.
 """
 
 import json
@@ -52,9 +28,10 @@ import distributed
 import rundir
 from config import Config, learning_rate, parse
 from data import questions_of_step
-from evaluate import anytime_curve, draw_curves
+from evaluate import anytime_curve
 from metrics import Clock, first_comparable, log, report, say
 from packing import Tree, balance, pack
+from plots import draw_curves
 from reward_function import make_verifier
 from rewards import cumulative_returns, mean_rewards
 from rollout import cuts_of, make_grader, sample_rollouts, scores_of, to_tree

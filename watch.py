@@ -1,10 +1,11 @@
-"""What would the model answer if it had to stop now? One question, watched while it thinks."""
+"""What would the model answer if it had to stop now? One question, watched while it thinks, or
+shown afterwards."""
 
 import sys
 
 from engines import PlainEngine
 from rewards import answer_paragraph
-from rollout import Protocol, sample_rollouts
+from rollout import Protocol, Rollout, sample_rollouts
 from verifier import extract_answer
 
 
@@ -81,3 +82,28 @@ class Watched:
         """What was never asked for: budgets behind an end-of-text."""
         self.complete = set(range(len(self.budgets)))
         self.show()
+
+
+def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
+    """A rollout as text: at each budget the thinking since the one before, and its first summary's
+    answer and score. As JSON in samples.jsonl, and on the terminal after training."""
+    cuts, start, draws = [], 0, len(rollout.summaries) // len(budgets)
+    for b, s in zip(budgets, rollout.summaries[::draws]):
+        cuts.append({"budget": b, "thinking": tokenizer.decode(rollout.thinking[start:s.cut]),
+                     "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
+                     "score": s.score})
+        start = s.cut
+    return {"question": rollout.question.text, "ground_truth": rollout.question.ground_truth,
+            "finish": rollout.finish, "cuts": cuts}
+
+
+def example_lines(example: dict, width: int = 60) -> list[str]:
+    """A rollout (from `readable`) as a line per budget; of a long text, its end."""
+    def flat(text: str, width: int) -> str:
+        text = " ".join(text.split())
+        return text if len(text) <= width else "…" + text[1 - width:]
+
+    longest = min(width, max(len(flat(cut["thinking"], width)) for cut in example["cuts"]))
+    return [f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
+            f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"
+            for cut in example["cuts"]]

@@ -4,13 +4,15 @@
     python benchmarks/study.py --seeds 0 --jobs 1   a quick look
 
 First the learning rate: the same grid for AR-uniform and for GRPO, on seeds that are used for
-nothing else. Then all runs at AR-uniform's rate, and GRPO once more at its own. Within a seed all
-runs share the warm-started base, the questions and the random keys, so they are compared in pairs.
-What stands in runs/study/ is not run again. Writes the tables and pictures into docs/, beside what
-the paper reports.
+nothing else. Then all runs at AR-uniform's best rate, and GRPO at its own best as well. Within a
+seed all runs share the warm-started base, the questions and the random keys, so they are compared
+in pairs. What stands in runs/study/ is not run again. Writes docs/study.md, docs/study.png and
+docs/anytime_curve.png.
 """
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import miniature  # noqa: E402
-from config import EXPERIMENTS, Config  # noqa: E402
+from config import EXPERIMENTS  # noqa: E402
+from plots import COLOURS, INK, draw_curves  # noqa: E402
 
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 TUNING_SEEDS = (5, 6)
@@ -75,10 +78,209 @@ def make_base(seed: int):
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
+# ------------------------------------------------------------------------------------- what it says
+
+def result(variant: str, seed: int, lr: float) -> dict:
+    return json.loads((directory(variant, seed, lr) / "eval.json").read_text())
+
+
+def best_rate(variant: str) -> float:
+    """The rate with the highest anytime accuracy, mean over the tuning seeds."""
+    return max(RATES, key=lambda lr: statistics.mean(
+        result(variant, seed, lr)["anytime_accuracy"] for seed in TUNING_SEEDS))
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def cell(values: list[float], decimals: int = 3, sign: str = "") -> str:
+    mean, spread = mean_and_spread(values)
+    return f"{mean:{sign}.{decimals}f} ± {spread:.{decimals}f}"
+
+
+# Two-sided 95 % quantiles of Student's t, by the number of pairs.
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def paired(values: list[float]) -> str:
+    """A mean difference ± its standard error over seeds, and whether it is beyond noise."""
+    mean, spread = mean_and_spread(values)
+    error = spread / len(values) ** 0.5
+    clear = len(values) > 1 and abs(mean) > T_95.get(len(values), 2.26) * error
+    return f"{mean:+.3f} ± {error:.3f}{'' if clear else ' (noise)'}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tuning_table() -> str:
+    rows = []
+    for variant in TUNED:
+        columns = [[result(variant, seed, lr)["anytime_accuracy"] for seed in TUNING_SEEDS]
+                   for lr in RATES]
+        rows.append([f"`{variant}`", *(f"{statistics.mean(c):.3f}" for c in columns)])
+    return markdown(["anytime accuracy at lr", *(f"{lr:g}" for lr in RATES)], rows)
+
+
+def results_table(results: dict[str, list[dict]]) -> str:
+    """A row per variant, mean ± standard deviation over seeds; the last column is paired."""
+    first = results["ar-uniform"]
+    budgets = first[0]["budgets"]
+    shown = [j for j, b in enumerate(budgets) if b in (8, 16, 32, 64)]
+    rows = [["before", *(cell([r["before"]["accuracy"][j] for r in first]) for j in shown),
+             cell([r["before"]["anytime_accuracy"] for r in first]),
+             cell([r["before"]["thinking_tokens"] for r in first], 1), ""]]
+    for name, of in results.items():
+        difference = [r["anytime_accuracy"] - f["anytime_accuracy"] for r, f in zip(of, first)]
+        rows.append([f"`{name}`", *(cell([r["accuracy"][j] for r in of]) for j in shown),
+                     cell([r["anytime_accuracy"] for r in of]),
+                     cell([r["thinking_tokens"] for r in of], 1),
+                     paired(difference) if name != "ar-uniform" else ""])
+    return markdown(["", *(f"@{budgets[j]}" for j in shown), "anytime", "trace tokens",
+                     "anytime, minus `ar-uniform`"], rows)
+
+
+def comparison_table(results: dict[str, list[dict]]) -> str:
+    """What the paper reports, and the same difference here, paired within seeds."""
+    budgets = results["ar-uniform"][0]["budgets"]
+
+    def difference(a, b, key="anytime_accuracy"):
+        return paired([x[key] - y[key] for x, y in zip(results[a], results[b])])
+
+    def by_budget(a, b):
+        return ", ".join(f"@{budget} " + paired([x["accuracy"][j] - y["accuracy"][j] for x, y in
+                                                 zip(results[a], results[b])])
+                         for j, budget in enumerate(budgets))
+
+    rows = [["`ar-uniform` above `grpo` in anytime accuracy: 46.0 against 43.0 %",
+             difference("ar-uniform", "grpo")],
+            ["and in final accuracy (AIME 2024: 32.7 against 28.9 %)",
+             difference("ar-uniform", "grpo", "final_accuracy")],
+            *([f"`{name}` above `grpo` at every budget (1000 to 8000 there)",
+               by_budget(name, "grpo")] for name in ("ar-uniform", "ar-linear", "ar-base")),
+            ["parts of the method added to `grpo`: dense rewards (`grpo-linear`)",
+             difference("grpo-linear", "grpo at ar's rate")],
+            ["decoupled summaries (`grpo-decouple`)",
+             difference("grpo-decouple", "grpo at ar's rate")],
+            ["BRPO's baseline (`grpo-vr`)", difference("grpo-vr", "grpo at ar's rate")],
+            ["BRPO's baseline with decoupled summaries",
+             difference("grpo-vr-decouple", "grpo-decouple")],
+            ["BRPO's baseline under dense rewards (`ar-uniform` against its `group`)",
+             difference("ar-uniform", "ar-uniform, group")]]
+    return markdown(["the paper", "here: difference ± standard error over seeds"], rows)
+
+
+def residuals(results_at: list[Path], baseline: str, steps: int = 20) -> list[float]:
+    """Var[R - V] / Var[R] per segment, mean over the first steps of all runs, over the rollouts
+    that have tokens in the segment."""
+    key, lines = f"variance_trained/residual/{baseline}", []
+    for path in results_at:
+        lines += [json.loads(x)[key] for x in (path / "metrics.jsonl").read_text().splitlines()][
+            :steps]
+    return [statistics.mean(x for x in column if x is not None) for column in zip(*lines)]
+
+
+def variance_table(paths: list[Path]) -> str:
+    rows = [[f"`{b}`", *(f"{x:.2f}" for x in residuals(paths, b))]
+            for b in ("brpo", "group", "loo", "progress", "fitted")]
+    return markdown(["baseline", "segment 1", "2", "3", "4"], rows)
+
+
+def mean_curve(curves: list[dict]) -> dict:
+    """What draw_curves draws: the mean over seeds, and one standard deviation."""
+    columns = list(zip(*(c["accuracy"] for c in curves)))
+    return {"budgets": curves[0]["budgets"], "accuracy": [statistics.mean(c) for c in columns],
+            "anytime_accuracy": statistics.mean(c["anytime_accuracy"] for c in curves),
+            "sets": {"": {"stderr": [mean_and_spread(c)[1] for c in columns]}}}
+
+
+def draw_study(runs: dict[str, list[Path]], path: Path):
+    """Learning, accuracy, trace length and variance: mean over seeds, band of one deviation."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def band(axes, x, columns, label, colour):
+        mean, spread = zip(*map(mean_and_spread, columns))
+        axes.plot(x, mean, color=colour, label=label, linewidth=1.6)
+        axes.fill_between(x, [m - s for m, s in zip(mean, spread)],
+                          [m + s for m, s in zip(mean, spread)], color=colour, alpha=0.15, lw=0)
+
+    shown = dict(zip(("ar-uniform", "ar-linear", "ar-base", "grpo"), COLOURS))
+    with plt.rc_context({"font.size": 8, "text.color": INK, "axes.labelcolor": INK,
+                         "axes.spines.top": False, "axes.spines.right": False}):
+        figure, ((learning, curve), (length, variance)) = plt.subplots(
+            2, 2, figsize=(7.2, 5.4), layout="constrained")
+        for name, colour in shown.items():
+            evals = [[json.loads(x) for x in (d / "evals.jsonl").read_text().splitlines()]
+                     for d in runs[name]]
+            steps = [e["step"] for e in evals[0]]
+            for axes, key in ((learning, "anytime_accuracy"), (length, "thinking_tokens")):
+                band(axes, steps, zip(*([e[key] for e in run] for run in evals)), name, colour)
+            band(curve, evals[0][-1]["budgets"], zip(*(run[-1]["accuracy"] for run in evals)),
+                 name, colour)
+        for name, colour in zip(("brpo", "group", "loo", "progress", "fitted"), COLOURS):
+            values = residuals(runs["ar-uniform"], name)
+            variance.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name,
+                          color=colour, linewidth=1.6)
+        variance.set_xticks(range(1, len(values) + 1))
+        for axes, title, x in (
+                (learning, "Anytime accuracy while training", "step"),
+                (curve, "Accuracy after training", "thinking budget (tokens)"),
+                (length, "Thinking tokens of a trace", "step"),
+                (variance, "Var[R - V] / Var[R], first 20 steps", "segment")):
+            axes.set_title(title, loc="left", fontweight="bold", fontsize=9)
+            axes.set_xlabel(x)
+            axes.legend(frameon=False, fontsize=7)
+        figure.savefig(path, dpi=200, facecolor="white")
+        plt.close(figure)
+
+
+def write_results(seeds: tuple[int, ...], rates: dict[str, float]):
+    at = dict.fromkeys(VARIANTS, rates["ar-uniform"]) | {"grpo": rates["grpo"]}
+    runs = {name: [directory(name, seed, at[name]) for seed in seeds] for name in VARIANTS}
+    runs["grpo at ar's rate"] = [directory("grpo", seed, rates["ar-uniform"]) for seed in seeds]
+    results = {name: [json.loads((d / "eval.json").read_text()) for d in of]
+               for name, of in runs.items()}
+    draw_study(runs, ROOT / "docs" / "study.png")
+    draw_curves({"before": mean_curve([r["before"] for r in results["ar-uniform"]]),
+                 **{name: mean_curve(results[name]) for name in ("ar-uniform", "grpo")}},
+                ROOT / "docs" / "anytime_curve.png", band="shaded: ± 1 standard deviation over "
+                f"{len(seeds)} seeds")
+    text = f"""# The study on the miniature
+
+Written by `python benchmarks/study.py`, seeds {' '.join(map(str, seeds))}; the learning rate was
+chosen on seeds {' '.join(map(str, TUNING_SEEDS))}. 256 test questions × 4 traces, temperature 1.0;
+± is one standard deviation over seeds, for paired differences one standard error. "(noise)": the
+paired difference is not significant at 95 % (Student's t).
+
+{tuning_table()}
+
+{results_table(results)}
+
+{comparison_table(results)}
+
+Var[R - V] / Var[R] in the runs of `ar-uniform`, mean of the first 20 steps, over rollouts with
+tokens in the segment (training data, T = 1: not the quantity of the paper's figure, which reports
+0.33-0.45 for BRPO against 0.61-0.82 for the group's mean in the last segment):
+
+{variance_table(runs['ar-uniform'])}
+"""
+    (ROOT / "docs" / "study.md").write_text(text)
+    print(text)
+
+
 def main(a: Arguments):
     run_all(a.jobs, [(variant, seed, lr) for seed in TUNING_SEEDS for variant in TUNED
                      for lr in RATES])
-    run_all(a.jobs, [(variant, seed, Config().lr) for seed in a.seeds for variant in VARIANTS])
+    rates = {variant: best_rate(variant) for variant in TUNED}
+    print(f"learning rates: {rates}", flush=True)
+    run_all(a.jobs, [(variant, seed, lr) for seed in a.seeds for variant in VARIANTS
+                     for lr in sorted({rates["ar-uniform"], rates.get(variant, 0)} - {0})])
+    write_results(a.seeds, rates)
 
 
 if __name__ == "__main__":

@@ -200,10 +200,11 @@ def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path,
 
 
 def test_the_paper_presets_take_the_authors_files_and_80_samples():
-    c = evaluate.settings(evaluate.Arguments(("m",), "paper-8k"))
+    c = evaluate.evaluation_config(evaluate.Evaluation(("m",), "paper-8k"))
     assert (c.eval_data, c.eval_samples, c.eval_temperature) == (("paper",), 80, 0.6)
     assert c.evaluation_budgets == tuple(range(250, 8001, 250))
-    assert evaluate.settings(evaluate.Arguments(("m",), "paper-8k", samples=8)).eval_samples == 8
+    c = evaluate.evaluation_config(evaluate.Evaluation(("m",), "paper-8k", samples=8))
+    assert c.eval_samples == 8
 
 
 @pytest.mark.skipif(
