@@ -20,7 +20,6 @@ import torch
 import brpo
 import rundir
 from budgets import prior_probs
-from metrics import without_nan
 from models import model_digest
 from reward_function import reward_source
 from rewards import cumulative_returns, mean_rewards
@@ -149,7 +148,7 @@ def summarise(sets: dict[str, np.ndarray], budgets: tuple[int, ...], seed: int) 
         return {**{name: x.tolist() for name, x in values.items()},
                 "stderr": errors.pop("accuracy"), "errors": errors}
 
-    return without_nan({
+    return rundir.without_nan({
         **described(np.mean(means, axis=0), np.mean(draws, axis=0)),
         "sets": {name: {**described(mean, drawn), "questions": len(columns)}
                  for (name, columns), mean, drawn in zip(sets.items(), means, draws)}})
@@ -170,7 +169,7 @@ def paired_differences(first: dict[str, np.ndarray], second: dict[str, np.ndarra
         a, b = (statistics_of(side, budgets) for side in sides)
         out[name] = {k: {"difference": (b[k] - a[k])[0].tolist(),
                          "stderr": _spread((b[k] - a[k])[1:]).tolist()} for k in a}
-    return without_nan(out)
+    return rundir.without_nan(out)
 
 
 def _spread(drawn: np.ndarray) -> np.ndarray:
@@ -213,7 +212,7 @@ def variance_figure(sets: dict[str, list[dict]], budgets: tuple[int, ...], tempe
     names = list(next(iter(out.values())))
     mean = {k: torch.stack([o[k] for o in out.values()]).nanmean(0).tolist() for k in names}
     same = (temperature, g, scores.shape[-1], budgets[-1]) == (0.6, 8, 4, 8000)
-    return without_nan({
+    return rundir.without_nan({
         "budgets": quarters, "temperature": temperature, "G": g, "A": scores.shape[-1],
         "paper": "last segment: brpo 0.33-0.45, group 0.61-0.82" if same else None,
         **mean, "sets": {n: {k: v.tolist() for k, v in o.items()} for n, o in out.items()}})

@@ -9,11 +9,6 @@ anytime_accuracy is the mean of the curve over the given budgets (J under a unif
 final_accuracy its last point. Leaves in the output directory: eval.json, table.md,
 anytime_curve.png, and records/: the score of every summary, from which all of these are computed.
 An evaluation that was interrupted goes on from its records.
-
-The paper's variance figure is the "variance" block of
-
-    evaluate.py MODEL --preset paper-8k --data paper/aime paper/amc --samples 32 --summaries 4 \\
-        --budgets 2000 4000 6000 8000
 """
 
 from dataclasses import asdict

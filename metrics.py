@@ -17,8 +17,11 @@ from tqdm import tqdm
 
 import brpo
 import distributed
+import rundir
 from checkpoint import last_good
 from config import Config
+from plots import draw_curves
+from rundir import without_nan
 from verifier import LOUD_FAILURE_SHARE, failure_share
 from watch import example_lines, readable
 
@@ -209,18 +212,27 @@ def update_metrics(stats: list[dict], updates_per_step: int) -> dict:
     }
 
 
-def without_nan(value):
-    """nan as null, all the way down: JSON has no nan, and strict readers refuse it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    return [without_nan(v) for v in value] if isinstance(value, list) else value
-
-
 def first_comparable(history: list[dict]) -> dict:
     """The earliest evaluation with the settings and questions of the newest."""
     return next(e for e in history if e.get("settings") == history[-1].get("settings"))
+
+
+def log_evaluation(run, step: int, curve: dict):
+    """An anytime curve (evaluate.anytime_curve) into the history, the files and the picture."""
+    run.history.append({"step": step, **curve, "settings": run.evaluation})
+    if distributed.rank() > 0:
+        return
+    with (run.dir / "evals.jsonl").open("a") as f:
+        f.write(json.dumps(run.history[-1]) + "\n")
+    before = first_comparable(run.history)
+    result = {**run.history[-1], "before": before}
+    rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
+    draw_curves({f"step {e['step']}": e for e in (before, run.history[-1])},
+                run.dir / "anytime_curve.png")
+    logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
+    run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
+    say(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
+        f"final {curve['final_accuracy']:.3f}")
 
 
 def report(c, output_dir: Path, history: list[dict]):

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -173,3 +174,12 @@ def drop_rollouts(output_dir: Path, before: int):
     for path in (output_dir / "rollouts").glob("step-*.json") if rank() == 0 else []:
         if re.fullmatch(r"step-\d{8}", path.stem) and int(path.stem[-8:]) < before:
             path.unlink()
+
+
+def without_nan(value):
+    """nan as null, all the way down: JSON has no nan, and strict readers refuse it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return [without_nan(v) for v in value] if isinstance(value, list) else value

@@ -17,8 +17,6 @@ config.py holds every constant.
 Where it departs from the paper: docs/departures.md.
 """
 
-import json
-
 import torch
 from tqdm import tqdm
 
@@ -29,9 +27,8 @@ import rundir
 from config import Config, learning_rate, parse
 from data import questions_of_step
 from evaluate import anytime_curve
-from metrics import Clock, first_comparable, log, report, say
+from metrics import Clock, log, log_evaluation, report
 from packing import Tree, balance, pack
-from plots import draw_curves
 from reward_function import make_verifier
 from rewards import cumulative_returns, mean_rewards
 from rollout import cuts_of, make_grader, sample_rollouts, scores_of, to_tree
@@ -57,7 +54,7 @@ def train(c: Config):
         # the anytime curve so far, at step 0 and the end too; and a checkpoint
         stopping = distributed.asked_to_stop()
         if not stopping and (step in (0, run.steps) or is_due(step, c.eval_every)):
-            evaluate_and_draw(c, run, engine, verifier, step)
+            evaluate(c, run, engine, verifier, step)
         if step > run.first_step and (stopping or is_due(step, c.save_every, run.steps)):
             checkpoint.save_checkpoint(run.dir, step, run.identity, run.trajectory, model,
                                        optimizer, c.keep_checkpoints)
@@ -169,27 +166,12 @@ def is_due(step: int, every: int, last: int = 0) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def evaluate_and_draw(c: Config, run: Run, engine, verifier, step: int):
-    """The anytime curve of this step, into eval.json and the picture, unless a resumed run has
-    it."""
-    if any(e["step"] == step and e.get("settings") == run.evaluation for e in run.history):
-        return
-    curve = anytime_curve(engine, run.eval_sets, c.evaluation_budgets, c.eval_samples, run.protocol,
-                          run.tokenizer, verifier, c.eval_temperature, c.seed,
-                          c.tensor_parallel_size)
-    run.history.append({"step": step, **curve, "settings": run.evaluation})
-    if distributed.rank() == 0:
-        with (run.dir / "evals.jsonl").open("a") as f:
-            f.write(json.dumps(run.history[-1]) + "\n")
-        before = first_comparable(run.history)
-        result = {**run.history[-1], "before": before}
-        rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
-        draw_curves({f"step {e['step']}": e for e in (before, run.history[-1])},
-                    run.dir / "anytime_curve.png")
-        logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
-        run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
-        say(f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
-            f"final {curve['final_accuracy']:.3f}")
+def evaluate(c: Config, run: Run, engine, verifier, step: int):
+    """The anytime curve of this step, unless a resumed run has it."""
+    if not any(e["step"] == step and e.get("settings") == run.evaluation for e in run.history):
+        log_evaluation(run, step, anytime_curve(
+            engine, run.eval_sets, c.evaluation_budgets, c.eval_samples, run.protocol,
+            run.tokenizer, verifier, c.eval_temperature, c.seed, c.tensor_parallel_size))
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def test_rollouts_already_sampled_are_trained_on_not_sampled_again(
     with monkeypatch.context() as m:
         m.setattr(train, "sample_rollouts", refuse)
         m.setattr(checkpoint, "save_checkpoint", lambda *_: None)
-        m.setattr(train, "evaluate_and_draw", lambda *_: None)
+        m.setattr(train, "evaluate", lambda *_: None)
         m.setattr(train, "report", lambda *_: None)
         train.train(parse([*args, "--steps", "2", "--resume", "auto"]))
         assert_equal_metrics(before, metrics_of(broken), 1e-6)
