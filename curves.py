@@ -10,7 +10,6 @@ standard error by the bootstrap over questions: samples of one question are not 
 Randomness: numpy, from the seed alone.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -45,16 +44,12 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
             "scores": [scores[i:i + draws] for i in range(0, len(scores), draws)], **first}
 
 
-def digest(*values) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
-
-
 def fingerprint(model: str, reward: str, *settings) -> str:
     """A hash of all that records depend on, besides their questions: the model's files (a hub
     name's commit), the code that samples and grades, a reward function's file, the settings."""
     ours = ("engines", "rollout", "rewards", "verifier", "curves", "evaluate")
     code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ours]
-    return digest(model_digest(model) or model, code, reward_source(reward), settings)
+    return rundir.digest(model_digest(model) or model, code, reward_source(reward), settings)[:16]
 
 
 def read_records(place: Path) -> list[dict]:

@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 import distributed
 from config import Evaluation, evaluation_config, refuse_empty
-from curves import curve_of, digest, fingerprint, read_records, record, write_records
+from curves import curve_of, fingerprint, read_records, record, write_records
 from data import Question
 from engines import make_engine
 from plots import labels_of, write_results
 from reward_function import make_verifier
 from rollout import Protocol, make_grader, sample_rollouts
+from rundir import digest
 from startup import prepare_evaluation
 from verifier import Verifier
 from watch import ask
@@ -69,7 +70,7 @@ def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, 
 
     out = {}
     for number, (name, questions) in enumerate(sets.items()):
-        place = folder / f"{number}-{digest(questions)}" if folder else None
+        place = folder / f"{number}-{digest(questions)[:16]}" if folder else None
         records = read_records(place) if place else []
         known = {r["question"] for r in records}
         bar.update(len(records) * len(budgets) * summaries)

@@ -77,7 +77,8 @@ def sha256(path: Path) -> str:
 
 
 def digest(*values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    """Of plain values; dataclasses and bytes count by their repr."""
+    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
 
 
 def enter(output_dir: Path, resume: str):

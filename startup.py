@@ -21,7 +21,7 @@ from data import digest_of, load_questions, make_questions, set_names
 from engines import make_engine, require_engine
 from metrics import Logger, require_logger
 from models import check_attention, model_digest, open_tokenizer
-from reward_function import require_reward
+from reward_function import require_reward, reward_source
 from rollout import Protocol
 
 
@@ -89,7 +89,8 @@ def prepare(c: Config) -> Run:
     if len(questions) < c.questions_per_step:
         raise ValueError(f"{c.train_data} has {len(questions)} usable questions, fewer than "
                          f"--questions-per-step {c.questions_per_step}: lower it")
-    identity |= {"data": digest_of(questions), "model_files": model_digest(c.model)}
+    identity |= {"data": digest_of(questions), "model_files": model_digest(c.model),
+                 "reward_file": rundir.digest(reward_source(c.reward))}
     newest, first_step, trajectory = checkpoint.find(directory, c.resume, identity)
     evaluation = {"budgets": list(c.evaluation_budgets), "samples": c.eval_samples,
                   "temperature": c.eval_temperature, "seed": c.seed,

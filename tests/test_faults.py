@@ -364,6 +364,17 @@ def write_rows(path, count: int):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_an_edited_reward_function_is_another_run(trained_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    identities = []
+    for score in (0.5, 0.5, 1.0):
+        (tmp_path / "mine.py").write_text(f"def f(summary, truth, question): return {score}")
+        args = arguments(trained_model_path, tmp_path / "out", "--reward", "mine:f")
+        identities.append(train.prepare(parse(args)).identity)
+    assert identities[0] == identities[1]
+    assert [k for k in identities[0] if identities[0][k] != identities[2][k]] == ["reward_file"]
+
+
 def test_changed_data_and_a_changed_model_are_another_run(trained_model_path, tmp_path):
     model = shutil.copytree(trained_model_path, tmp_path / "model")
     write_rows(rows := tmp_path / "rows.jsonl", 40)

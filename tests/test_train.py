@@ -34,7 +34,7 @@ def metrics_of(directory) -> list[dict]:
     ]
 
 
-def assert_equal_metrics(a: list[dict], b: list[dict], tolerance: float):
+def assert_equal_metrics(a: list[dict], b: list[dict], tolerance: float, rel: float = 1e-3):
     assert len(a) == len(b) > 0
     for x, y in zip(a, b):
         assert x.keys() == y.keys()
@@ -42,7 +42,7 @@ def assert_equal_metrics(a: list[dict], b: list[dict], tolerance: float):
             left, right = (v if isinstance(v, list) else [v] for v in (x[k], y[k]))
             assert [v is None for v in left] == [v is None for v in right], k
             assert [v for v in left if v is not None] == pytest.approx(
-                [v for v in right if v is not None], abs=tolerance, rel=1e-3
+                [v for v in right if v is not None], abs=tolerance, rel=rel
             ), k
 
 
