@@ -92,7 +92,7 @@ def test_two_processes_give_the_same_numbers(plain_preflight, flags, tmp_path):
     gradient, so in 135M parameters rounding flips some: the next norm differed by up to 0.8 %."""
     metrics, _ = preflight(flags, tmp_path / "out", processes=2)
     one, two = (m[0]["grad_norm"][0] for m in (plain_preflight[0], metrics))
-    assert one == pytest.approx(two, rel=1e-4)
+    assert one == pytest.approx(two, rel=1e-3)
     assert_equal_metrics(plain_preflight[0], metrics, tolerance=1e-3, rel=0.03)
 
 
