@@ -239,17 +239,17 @@ def draw_study(runs: dict[str, list[Path]], path: Path):
         plt.close(figure)
 
 
-def write_results(seeds: tuple[int, ...], rates: dict[str, float]):
+def write_results(seeds: tuple[int, ...], rates: dict[str, float], docs: Path = ROOT / "docs"):
     at = dict.fromkeys(VARIANTS, rates["ar-uniform"]) | {"grpo": rates["grpo"]}
     runs = {name: [directory(name, seed, at[name]) for seed in seeds] for name in VARIANTS}
     runs["grpo at ar's rate"] = [directory("grpo", seed, rates["ar-uniform"]) for seed in seeds]
     results = {name: [json.loads((d / "eval.json").read_text()) for d in of]
                for name, of in runs.items()}
-    draw_study(runs, ROOT / "docs" / "study.png")
+    draw_study(runs, docs / "study.png")
     draw_curves({"before": mean_curve([r["before"] for r in results["ar-uniform"]]),
                  **{name: mean_curve(results[name]) for name in ("ar-uniform", "grpo")}},
-                ROOT / "docs" / "anytime_curve.png", band="shaded: ± 1 standard deviation over "
-                f"{len(seeds)} seeds")
+                docs / "anytime_curve.png",
+                band=f"shaded: ± 1 standard deviation over {len(seeds)} seeds")
     text = f"""# The study on the miniature
 
 Written by `python benchmarks/study.py`, seeds {' '.join(map(str, seeds))}; the learning rate was
@@ -269,7 +269,7 @@ tokens in the segment (training data, T = 1: not the quantity of the paper's fig
 
 {variance_table(runs['ar-uniform'])}
 """
-    (ROOT / "docs" / "study.md").write_text(text)
+    (docs / "study.md").write_text(text)
     print(text)
 
 
