@@ -64,7 +64,7 @@ class Optimisation:
     updates_per_step: int = 2
     steps: int = 50  # Sampling steps; 0: as many as `epochs` passes over the questions take.
     epochs: int = 1                     # Passes over the questions, where steps is 0.
-    lr: float = 1.5e-4                  # AdamW's learning rate at the first step.
+    lr: float = 6e-4                    # AdamW's learning rate at the first step.
     # constant (the paper's), or linear: down to 0 over the run, so that its last step is not luck.
     lr_schedule: Literal["constant", "linear"] = "linear"
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates.

@@ -9,6 +9,7 @@ memory       peak memory of log-probs in chunks against all logits at once, over
 host         work per step that no GPU does, at paper scale: balance, pack, block masks
 advantages   the tensor code against a loop over rollouts and budgets, 64 × 8 × 4
 step         the seconds of a miniature step, by part and by the length of packed rows
+threads      one CPU thread against two, over model sizes: from which size on does a second pay?
 
 Both sides of a ratio take turns in one process (memory: one process each); ratios are medians.
 """
@@ -194,8 +195,30 @@ def bench_step(repeats: int):
                 f"{k.removeprefix('time/')} {v:.2f}" for k, v in parts.items()))
 
 
+def bench_threads(repeats: int):
+    print("threads: wall time of a forward + backward of a row of 512 tokens, 1 against 2 threads")
+    row = pack([make_tree(random.Random(0), 256, summary=16)])
+    for hidden, layers in ((64, 3), (128, 4), (256, 4), (256, 8), (384, 8), (576, 12)):
+        model = miniature.make_model(hidden_size=hidden, intermediate_size=3 * hidden,
+                                     num_hidden_layers=layers, num_attention_heads=hidden // 64,
+                                     num_key_value_heads=hidden // 64, max_position_embeddings=1024)
+
+        def wall(threads, model=model):
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            token_logprobs(model, row).sum().backward()
+            return time.perf_counter() - start
+
+        wall(1), wall(2)
+        pairs = [(wall(1), wall(2)) for _ in range(3 * repeats)]
+        one = statistics.median(a for a, _ in pairs)
+        print(f"  {model.num_parameters() / 1e6:6.2f}M parameters: {1000 * one:6.0f} ms, with two "
+              f"threads {statistics.median(a / b for a, b in pairs):.2f} × as fast")
+    torch.set_num_threads(1)
+
+
 def main():
-    parts = ("tree", "memory", "host", "advantages", "step")
+    parts = ("tree", "memory", "host", "advantages", "step", "threads")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=parts, choices=[*parts, "peak"])
