@@ -109,9 +109,12 @@ def test_a_run_on_questions_without_answers(functions, trained_model_path, monke
     with pytest.raises(ValueError, match="no field 'answer'"):
         train.prepare(parse([a.replace("functions:even", "math") for a in args]))
     runs = []
-    for processes in (0, 2):
-        out = functions / f"run{processes}"
-        run_script("train.py", *args, "--output-dir", out, processes=processes, cwd=functions)
+    for name in ("one", "two"):
+        out, run_args = functions / name, [*args, "--output-dir", str(functions / name)]
+        if name == "one":
+            train.train(parse(run_args))
+        else:
+            run_script("train.py", *run_args, processes=2, cwd=functions)
         runs.append(metrics_of(out))
         counts = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         assert counts["verifier/graded"] > 0 and counts["verifier/exceptions"] == 0
