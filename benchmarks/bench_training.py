@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_training.py               all parts, some minutes
     python benchmarks/bench_training.py tree memory host advantages     some of them
-    python benchmarks/bench_training.py step                            needs the miniature's base
+    python benchmarks/bench_training.py step sample                     make the miniature's base
 
 tree         forward + backward of packed trees against the same sequences written out one by one
 memory       peak memory of log-probs in chunks against all logits at once, over V and tokens
 host         work per step that no GPU does, at paper scale: balance, pack, block masks
 advantages   the tensor code against a loop over rollouts and budgets, 64 × 8 × 4
 step         the seconds of a miniature step, by part and by the length of packed rows
+sample       the plain engine's sampling of a miniature step, with and without a trace's keys and
+             values being reused by its summaries
 threads      one CPU thread against two, over model sizes: from which size on does a second pay?
 
 Both sides of a ratio take turns in one process (memory: one process each); ratios are medians.
@@ -26,11 +28,14 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import brpo  # noqa: E402
 import miniature  # noqa: E402
+from data import load_questions  # noqa: E402
+from engines import PlainEngine  # noqa: E402
 from packing import (  # noqa: E402
     Branch,
     Tree,
@@ -40,6 +45,7 @@ from packing import (  # noqa: E402
     pack,
     token_logprobs,
 )
+from rollout import Protocol, sample_rollouts  # noqa: E402
 
 VOCABULARY = len(miniature.VOCABULARY)
 
@@ -195,6 +201,29 @@ def bench_step(repeats: int):
                 f"{k.removeprefix('time/')} {v:.2f}" for k, v in parts.items()))
 
 
+def bench_sample(repeats: int):
+    path = miniature.load_or_write_base(ROOT / "runs", 0)
+    tokenizer, engine = AutoTokenizer.from_pretrained(path), PlainEngine(str(path))
+    questions, _ = load_questions("miniature", tokenizer, "{question}", 12)
+    protocol, keep = Protocol.of(tokenizer, 7), engine._keep
+
+    def sample():
+        return [s.tokens for r in sample_rollouts(
+            engine, questions[:16], (16, 32, 48, 64), 8, 4, protocol, 1.0, (0, 0))
+            for s in r.summaries]
+
+    results, pairs = [], []
+    for _ in range(repeats + 1):
+        times = []
+        for engine._keep in (keep, lambda *row: None):
+            times.append(seconds(lambda: results.append(sample())))
+        pairs.append(times)
+    with_it, without = (statistics.median(side) for side in zip(*pairs[1:]))
+    print(f"sample: {with_it:.2f} s with reuse, {without:.2f} s without, "
+          f"{statistics.median(b / a for a, b in pairs[1:]):.2f} × as fast; the same tokens: "
+          f"{all(tokens == results[0] for tokens in results)}")
+
+
 def bench_threads(repeats: int):
     print("threads: wall time of a forward + backward of a row of 512 tokens, 1 against 2 threads")
     row = pack([make_tree(random.Random(0), 256, summary=16)])
@@ -218,7 +247,7 @@ def bench_threads(repeats: int):
 
 
 def main():
-    parts = ("tree", "memory", "host", "advantages", "step", "threads")
+    parts = ("tree", "memory", "host", "advantages", "step", "sample", "threads")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=parts, choices=[*parts, "peak"])
