@@ -26,7 +26,6 @@ import json
 import os
 import queue
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -624,6 +623,7 @@ def _grade(line: str, timeout: float) -> str:
 
 
 def _limit_worker():
+    import resource         # not on Windows, where a worker cannot run but the rules can
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
