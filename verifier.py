@@ -623,7 +623,7 @@ def _grade(line: str, timeout: float) -> str:
 
 
 def _limit_worker():
-    import resource         # not on Windows, where a worker cannot run but the rules can
+    import resource  # not on Windows, where a worker cannot run but the rules can
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
