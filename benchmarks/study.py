@@ -31,9 +31,11 @@ RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 TUNING_SEEDS = (5, 6)
 TUNED = ("ar-uniform", "grpo")
 BASELINES = ("group", "loo", "progress", "none", "fitted")       # besides brpo, in ar-uniform
-VARIANTS = {**{name: ("--experiment", name) for name in EXPERIMENTS},
+# The paper's grpo-vr-decouple is its ar-base by another name: all its settings are the same.
+VARIANTS = {**{e: ("--experiment", e) for e in EXPERIMENTS if e != "grpo-vr-decouple"},
             **{f"ar-uniform, {b}": ("--baseline", b) for b in BASELINES}}
 # Five evaluations on the way, for the learning curves.
+EARLY = 5       # steps of the variance table: later there is little variance left to reduce
 COMMON = ("--eval-every", "10", "--save-every", "25", "--verifier-workers", "1")
 
 
@@ -46,8 +48,7 @@ class Arguments:
 
 
 def directory(variant: str, seed: int, lr: float) -> Path:
-    # The paper's two names for one experiment: every column of config.EXPERIMENTS agrees.
-    name = "ar-base" if variant == "grpo-vr-decouple" else variant.replace(", ", "-")
+    name = variant.replace(", ", "-")
     return ROOT / "runs" / "study" / f"{name}-lr{lr:g}-seed{seed}"
 
 
@@ -101,6 +102,7 @@ def cell(values: list[float], decimals: int = 3, sign: str = "") -> str:
 
 
 # Two-sided 95 % quantiles of Student's t, by the number of pairs.
+NOISE = " (noise)"
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
@@ -109,7 +111,7 @@ def paired(values: list[float]) -> str:
     mean, spread = mean_and_spread(values)
     error = spread / len(values) ** 0.5
     clear = len(values) > 1 and abs(mean) > T_95.get(len(values), 2.26) * error
-    return f"{mean:+.3f} ± {error:.3f}{'' if clear else ' (noise)'}"
+    return f"{mean:+.3f} ± {error:.3f}{'' if clear else NOISE}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -147,40 +149,46 @@ def results_table(results: dict[str, list[dict]]) -> str:
 def comparison_table(results: dict[str, list[dict]]) -> str:
     """What the paper reports, and the same difference here, paired within seeds."""
     budgets = results["ar-uniform"][0]["budgets"]
+    shared = "grpo at ar's rate" if "grpo at ar's rate" in results else "grpo"
 
     def difference(a, b, key="anytime_accuracy"):
         return paired([x[key] - y[key] for x, y in zip(results[a], results[b])])
 
     def by_budget(a, b):
-        return ", ".join(f"@{budget} " + paired([x["accuracy"][j] - y["accuracy"][j] for x, y in
-                                                 zip(results[a], results[b])])
-                         for j, budget in enumerate(budgets))
+        found = {"above at": [], "below at": [], "within noise at": []}
+        for j, budget in enumerate(budgets):
+            text = paired([x["accuracy"][j] - y["accuracy"][j]
+                           for x, y in zip(results[a], results[b])])
+            kind = "within noise at" if NOISE in text else "above at" if text[0] == "+" else \
+                "below at"
+            found[kind].append(f"{budget} ({text.removesuffix(NOISE)})")
+        return "; ".join(f"{kind} {', '.join(at)}" for kind, at in found.items() if at)
 
     rows = [["`ar-uniform` above `grpo` in anytime accuracy: 46.0 against 43.0 %",
              difference("ar-uniform", "grpo")],
             ["and in final accuracy (AIME 2024: 32.7 against 28.9 %)",
              difference("ar-uniform", "grpo", "final_accuracy")],
-            *([f"`{name}` above `grpo` at every budget (1000 to 8000 there)",
+            *([f"`{name}` above `grpo` at every budget from 1000 to 8000",
                by_budget(name, "grpo")] for name in ("ar-uniform", "ar-linear", "ar-base")),
             ["parts of the method added to `grpo`: dense rewards (`grpo-linear`)",
-             difference("grpo-linear", "grpo at ar's rate")],
+             difference("grpo-linear", shared)],
             ["decoupled summaries (`grpo-decouple`)",
-             difference("grpo-decouple", "grpo at ar's rate")],
-            ["BRPO's baseline (`grpo-vr`)", difference("grpo-vr", "grpo at ar's rate")],
-            ["BRPO's baseline with decoupled summaries",
-             difference("grpo-vr-decouple", "grpo-decouple")],
+             difference("grpo-decouple", shared)],
+            ["BRPO's baseline (`grpo-vr`)", difference("grpo-vr", shared)],
+            ["BRPO's baseline with decoupled summaries (`ar-base` against `grpo-decouple`)",
+             difference("ar-base", "grpo-decouple")],
             ["BRPO's baseline under dense rewards (`ar-uniform` against its `group`)",
              difference("ar-uniform", "ar-uniform, group")]]
     return markdown(["the paper", "here: difference ± standard error over seeds"], rows)
 
 
-def residuals(results_at: list[Path], baseline: str, steps: int = 20) -> list[float]:
+def residuals(results_at: list[Path], baseline: str) -> list[float]:
     """Var[R - V] / Var[R] per segment, mean over the first steps of all runs, over the rollouts
     that have tokens in the segment."""
     key, lines = f"variance_trained/residual/{baseline}", []
     for path in results_at:
         lines += [json.loads(x)[key] for x in (path / "metrics.jsonl").read_text().splitlines()][
-            :steps]
+            :EARLY]
     return [statistics.mean(x for x in column if x is not None) for column in zip(*lines)]
 
 
@@ -232,7 +240,7 @@ def draw_study(runs: dict[str, list[Path]], path: Path):
                 (learning, "Anytime accuracy while training", "step"),
                 (curve, "Accuracy after training", "thinking budget (tokens)"),
                 (length, "Thinking tokens of a trace", "step"),
-                (variance, "Var[R - V] / Var[R], first 20 steps", "segment")):
+                (variance, f"Var[R - V] / Var[R], first {EARLY} steps", "segment")):
             axes.set_title(title, loc="left", fontweight="bold", fontsize=9)
             axes.set_xlabel(x)
             axes.legend(frameon=False, fontsize=7)
@@ -243,7 +251,8 @@ def draw_study(runs: dict[str, list[Path]], path: Path):
 def write_results(seeds: tuple[int, ...], rates: dict[str, float], docs: Path = ROOT / "docs"):
     at = dict.fromkeys(VARIANTS, rates["ar-uniform"]) | {"grpo": rates["grpo"]}
     runs = {name: [directory(name, seed, at[name]) for seed in seeds] for name in VARIANTS}
-    runs["grpo at ar's rate"] = [directory("grpo", seed, rates["ar-uniform"]) for seed in seeds]
+    if rates["grpo"] != rates["ar-uniform"]:
+        runs["grpo at ar's rate"] = [directory("grpo", seed, rates["ar-uniform"]) for seed in seeds]
     results = {name: [json.loads((d / "eval.json").read_text()) for d in of]
                for name, of in runs.items()}
     draw_study(runs, docs / "study.png")
@@ -264,7 +273,7 @@ paired difference is not significant at 95 % (Student's t).
 
 {comparison_table(results)}
 
-Var[R - V] / Var[R] in the runs of `ar-uniform`, mean of the first 20 steps, over rollouts with
+Var[R - V] / Var[R] in the runs of `ar-uniform`, mean of the first {EARLY} steps, over rollouts with
 tokens in the segment (training data, T = 1: not the quantity of the paper's figure, which reports
 0.33-0.45 for BRPO against 0.61-0.82 for the group's mean in the last segment):
 
@@ -280,7 +289,6 @@ def main(a: Arguments):
     rates = {variant: best_rate(variant) for variant in TUNED}
     print(f"learning rates: {rates}", flush=True)
     run_all(a.jobs, [(variant, seed, lr) for seed in a.seeds for variant in VARIANTS
-                     if variant != "grpo-vr-decouple"
                      for lr in sorted({rates["ar-uniform"], rates.get(variant, 0)} - {0})])
     write_results(a.seeds, rates)
 
