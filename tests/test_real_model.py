@@ -88,8 +88,9 @@ def test_the_preflight_passes_with_vllm(flags, tmp_path):
 
 
 def test_two_processes_give_the_same_numbers(plain_preflight, flags, tmp_path):
-    """The first step. To rounding until weights move: AdamW's first step is lr times nearly the sign
-    of the gradient, so in 135M parameters rounding flips some, and the next norm differed by 0.8 %."""
+    """The first step, to rounding until weights move. AdamW's first update is lr times nearly the
+    sign of the gradient: in 135M parameters rounding flips some, and the next norm differed by
+    0.8 %."""
     metrics, _ = preflight(flags, tmp_path / "out", processes=2)
     (one, *_), (two, *_) = plain_preflight[0], metrics
     assert one["grad_norm"][0] == pytest.approx(two["grad_norm"][0], rel=1e-3)
