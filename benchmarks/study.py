@@ -244,6 +244,10 @@ def draw_study(runs: dict[str, list[Path]], path: Path):
             axes.set_title(title, loc="left", fontweight="bold", fontsize=9)
             axes.set_xlabel(x)
             axes.legend(frameon=False, fontsize=7)
+        curve.set_ylim(top=1.0)
+        seeds = len(runs["ar-uniform"])
+        figure.suptitle(f"shaded: ± 1 standard deviation over {seeds} seeds", x=0.01, ha="left",
+                        fontsize=8, color="#666666")
         figure.savefig(path, dpi=200, facecolor="white")
         plt.close(figure)
 
