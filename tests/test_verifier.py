@@ -312,7 +312,9 @@ def script_with(tmp_path, body, head=""):
     return script
 
 
-CTRL_C = "os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"
+# The handler first: a shell starts background jobs, and so these tests, with SIGINT ignored.
+CTRL_C = ("signal.signal(signal.SIGINT, signal.default_int_handler); "
+          "os.kill(os.getpid(), signal.SIGINT); time.sleep(20)")
 
 
 @pytest.mark.parametrize(
