@@ -31,7 +31,7 @@ from packing import token_logprobs
 
 STOPPED = 143               # exit code after SIGTERM, as shells report it
 COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
-FEW_PARAMETERS = 10_000_000     # below this, one CPU thread
+FEW_PARAMETERS = 1_000_000      # below this, one CPU thread
 
 
 def main(run: Callable):
@@ -239,9 +239,10 @@ def all_finite(grad_norm: float, stats: list[dict]) -> bool:
 
 
 def limit_threads(model_path: str):
-    """One CPU thread for a tiny model: on tiny tensors a second costs more than it brings, and much
-    more on a busy machine. Else as many as torch takes: all cores, or OMP_NUM_THREADS (which
-    torchrun sets to 1 for several processes, unless it is set)."""
+    """One CPU thread for a tiny model: a second brings little on an idle machine, and on a busy one
+    costs much. From 1M parameters on it pays (benchmarks/bench_training.py threads): then as many
+    as torch takes, all cores or OMP_NUM_THREADS (which torchrun sets to 1 for several processes,
+    unless it is set)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):      # counts without memory
