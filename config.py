@@ -416,8 +416,9 @@ def evaluation_config(a: Evaluation) -> Config:
     """The preset with what the arguments override; ValueError names a bad one."""
     if a.summaries < 1:
         raise ValueError(f"--summaries {a.summaries}: must be at least 1")
-    if a.samples < 0 or a.chunk < 0:
-        raise ValueError(f"--samples {a.samples}, --chunk {a.chunk}: cannot be negative")
+    for name in ("samples", "questions", "temperature", "seed", "chunk"):
+        if getattr(a, name) < 0 and getattr(a, name) != getattr(Evaluation, name):
+            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
     given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
              "engine": a.engine, "prompt_template": a.prompt_template,
              "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,

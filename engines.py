@@ -152,7 +152,7 @@ class PlainEngine:
                 new.append(Output(batch[i].id, [token], [value], over))
                 if over:
                     alive[row] = -1
-                    if batch[i].stream and not self.one_token_steps:
+                    if batch[i].stream:
                         self._keep(batch[i].id, fed[i], cache, row)
                 else:
                     running.append(row)

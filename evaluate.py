@@ -99,7 +99,6 @@ def main(args: list[str] | None = None):
     with distributed.exit_on_bad_input():
         c = evaluation_config(a)
         opened = prepare_evaluation(a, c)
-    output = a.output
     labels, curves, records = labels_of(a.models), {}, {}
     with make_verifier(c) as verifier:
         for model, (tokenizer, protocol, sets) in opened.items():
@@ -116,7 +115,7 @@ def main(args: list[str] | None = None):
             place = fingerprint(model, c.reward, device.type, c.engine, c.evaluation_budgets,
                                 c.eval_samples, a.summaries, c.eval_temperature, c.seed,
                                 asdict(protocol))
-            folder = output / "records" / f"{labels[model].replace('/', '-')}-{place}"
+            folder = a.output / "records" / f"{labels[model].replace('/', '-')}-{place}"
             records[model] = sample_records(
                 engine, sets, c.evaluation_budgets, c.eval_samples, protocol, tokenizer, verifier,
                 c.eval_temperature, c.seed, summaries=a.summaries, folder=folder, chunk=a.chunk,
@@ -125,7 +124,7 @@ def main(args: list[str] | None = None):
             curves[model] = curve_of(records[model], c.evaluation_budgets, c.eval_samples,
                                      c.eval_temperature, c.seed)
     if distributed.rank() == 0 and not a.ask:
-        write_results(a, c, output, labels, curves, records, opened)
+        write_results(a, c, labels, curves, records, opened)
     distributed.stop()
 
 

@@ -120,14 +120,14 @@ def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -
         rows = {"mean": curve, **curve["sets"]} if len(curve["sets"]) > 1 else curve["sets"]
         for name, row in rows.items():
             lines.append([label, name, *(_cell(row[k], row["errors"][k], n) for _, k, n in TABLE)])
-    parts = [_markdown(lines)]
+    parts = [markdown(lines)]
     for label, of in (differences or {}).items():
         rows = of if len(of) > 2 else {k: v for k, v in of.items() if k != "mean"}
         lines = [["", "set", *head[2:]], ["---"] * 2 + ["---:"] * len(TABLE)]
         for name, row in rows.items():
             cells = (_cell(row[k]["difference"], row[k]["stderr"], n, "+") for _, k, n in TABLE)
             lines.append([label, name, *cells])
-        parts.append("Paired differences on the same questions:\n\n" + _markdown(lines))
+        parts.append("Paired differences on the same questions:\n\n" + markdown(lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,11 +135,11 @@ def _cell(value: float | None, error: float | None, decimals: int, sign: str = "
     return "-" if value is None else f"{value:{sign}.{decimals}f} ± {error or 0:.{decimals}f}"
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_results(a: Evaluation, c: Config, output: Path, labels: dict[str, str],
+def write_results(a: Evaluation, c: Config, labels: dict[str, str],
                   curves: dict[str, dict], records: dict[str, dict], opened: dict):
     """eval.json, table.md, anytime_curve.png; and the table on the terminal."""
     first, *others = a.models
@@ -152,13 +152,12 @@ def write_results(a: Evaluation, c: Config, output: Path, labels: dict[str, str]
     # One model: its curve is the file's content; several: one entry each.
     content = curves[first] if not others else {
         "models": curves, "paired_differences": {"from": first, "to": differences}}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "eval.json").write_text(json.dumps(content, indent=1))
+    (a.output / "eval.json").write_text(json.dumps(content, indent=1))
     text = table({labels[m]: curve for m, curve in curves.items()},
                  {f"{labels[m]} - {labels[first]}": of for m, of in differences.items()})
-    (output / "table.md").write_text(text)
-    draw_curves({labels[m]: curve for m, curve in curves.items()}, output / "anytime_curve.png")
+    (a.output / "table.md").write_text(text)
+    draw_curves({labels[m]: curve for m, curve in curves.items()}, a.output / "anytime_curve.png")
     for m, curve in curves.items():
         print(f"{labels[m]}\n  accuracy " + "  ".join(
             f"@{b} {x:.3f}" for b, x in zip(curve["budgets"], curve["accuracy"])))
-    print(f"\n{text}\nwrote {output}/: eval.json, table.md, anytime_curve.png")
+    print(f"\n{text}\nwrote {a.output}/: eval.json, table.md, anytime_curve.png")

@@ -93,6 +93,10 @@ class Rollout:
     finish: str = ""            # "" running | "closed" by </think> | "eos" instead | "length" b_M
     summaries: list[Summary] = field(default_factory=list)
 
+    @property
+    def id(self) -> str:
+        return f"{self.question.index}-{self.sample}"
+
 
 def request_seed(*key: int) -> int:
     """A 63-bit seed from (seed, step, question, sample, budget, draw): the whole randomness policy.
@@ -150,10 +154,8 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
 def thinking_request(r: Rollout, max_budget: int, protocol: Protocol, temperature: float,
                      seed: tuple[int, ...]) -> Request:
     """Ask for a trace: the prompt, then at most b_M tokens."""
-    key = (r.question.index, r.sample)
-    return Request("-".join(map(str, key)), tuple(r.question.prompt), max_budget,
-                   (protocol.think_end, *protocol.eos), request_seed(*seed, *key), temperature,
-                   stream=True)
+    return Request(r.id, tuple(r.question.prompt), max_budget, (protocol.think_end, *protocol.eos),
+                   request_seed(*seed, r.question.index, r.sample), temperature, stream=True)
 
 
 def summary_request(r: Rollout, s: Summary, protocol: Protocol, temperature: float,
@@ -161,8 +163,8 @@ def summary_request(r: Rollout, s: Summary, protocol: Protocol, temperature: flo
     """Ask for a summary: prompt, trace up to the cut, appended text; then the answer."""
     key = (r.question.index, r.sample, s.budget_index, s.draw)
     prompt = (*r.question.prompt, *r.thinking[:s.cut], *s.appended)
-    return Request("-".join(map(str, key)), prompt, protocol.max_summary_tokens, protocol.eos,
-                   request_seed(*seed, *key), temperature, follows="-".join(map(str, key[:2])))
+    return Request(f"{r.id}-{s.budget_index}-{s.draw}", prompt, protocol.max_summary_tokens,
+                   protocol.eos, request_seed(*seed, *key), temperature, follows=r.id)
 
 
 def extend_thinking(r: Rollout, out: Output, protocol: Protocol):
@@ -177,8 +179,7 @@ def extend_thinking(r: Rollout, out: Output, protocol: Protocol):
 
 def due_summaries(r: Rollout, budgets: tuple[int, ...], num_summaries: int,
                   protocol: Protocol) -> list[Summary]:
-    """The new, empty summaries of every budget that the trace has crossed or can no longer
-    reach."""
+    """The new, empty summaries of every budget that the trace has crossed or can never reach."""
     due = []
     for j in range(len(r.summaries) // num_summaries, len(budgets)):
         # A trace that still runs at exactly b_j tokens is going to be longer, hence cut there.

@@ -142,9 +142,6 @@ def prepare_evaluation(a: Evaluation, c: Config) -> dict:
     if "miniature" in a.models:
         raise ValueError("miniature is no model to evaluate but one that train.py makes: name its "
                          "directory, runs/.../model")
-    for name in ("samples", "summaries", "questions", "temperature", "seed", "chunk"):
-        if getattr(a, name) < 0 and getattr(a, name) != getattr(Evaluation, name):
-            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
     check(c)
     require_engine(c.engine)
     require_reward(c.reward)

@@ -13,8 +13,7 @@ The default run warm-starts a tiny model on arithmetic with wasteful thinking tr
 its accuracy at every budget. A run leaves in <output_dir>: config.json, metrics.jsonl (a line a
 step), samples.jsonl (a few rollouts a step, as text), eval.json, anytime_curve.png (before and
 after), model/ (Hugging Face layout), checkpoints/ and rollouts/ (since the newest of them).
-config.py holds every constant.
-Where it departs from the paper: docs/departures.md.
+config.py holds every constant; docs/departures.md says where this departs from the paper.
 """
 
 import torch

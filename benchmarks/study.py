@@ -24,6 +24,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import miniature  # noqa: E402
+import plots  # noqa: E402
 from config import EXPERIMENTS  # noqa: E402
 from plots import COLOURS, INK, draw_curves  # noqa: E402
 
@@ -34,8 +35,8 @@ BASELINES = ("group", "loo", "progress", "none", "fitted")       # besides brpo,
 # The paper's grpo-vr-decouple is its ar-base by another name: all its settings are the same.
 VARIANTS = {**{e: ("--experiment", e) for e in EXPERIMENTS if e != "grpo-vr-decouple"},
             **{f"ar-uniform, {b}": ("--baseline", b) for b in BASELINES}}
-# Five evaluations on the way, for the learning curves.
 EARLY = 5       # steps of the variance table: later there is little variance left to reduce
+# Five evaluations on the way, for the learning curves.
 COMMON = ("--eval-every", "10", "--save-every", "25", "--verifier-workers", "1")
 
 
@@ -115,8 +116,7 @@ def paired(values: list[float]) -> str:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return plots.markdown([head, ["---"] * len(head), *rows])
 
 
 def tuning_table() -> str:
