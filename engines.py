@@ -9,10 +9,9 @@ An engine is anything with
     close()
 
 PlainEngine finishes everything queued within one step() (unless told to stop at each token, for
-evaluate.py --ask); VllmEngine (one in-process vLLM in every
-training process) samples one token of each running request per step(). Both sample a request from
-its own seed, so its tokens depend neither on what else is in the batch nor on the number of
-processes.
+evaluate.py --ask); VllmEngine (one in-process vLLM in every training process) samples one token of
+each running request per step(). Both sample a request from its own seed, so its tokens depend
+neither on what else is in the batch nor on the number of processes.
 """
 
 import importlib.util
@@ -175,7 +174,11 @@ class PlainEngine:
     def _keep(self, name: str, tokens: list[int], cache, row: int):
         """Keep a finished row's keys and values for the requests that follow it, if there is
         room: [layers, 2, heads, tokens, head size]."""
-        if sum(len(kept) for kept, _ in self.kept.values()) + len(tokens) < self.max_batch_tokens:
+        from transformers.cache_utils import DynamicLayer
+
+        used = sum(len(kept) for kept, _ in self.kept.values())
+        whole = all(type(layer) is DynamicLayer for layer in cache.layers)      # no sliding window
+        if whole and used + len(tokens) < self.max_batch_tokens:
             pairs = [(layer.keys, layer.values) for layer in cache.layers]
             # The row's tokens stand together at the end, all appended since the prefill.
             own = [torch.stack([x[row, :, -len(tokens):] for x in pair]) for pair in pairs]

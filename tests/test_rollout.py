@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TwoPhases
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import rollout
 from data import Question
@@ -303,6 +303,23 @@ def test_summaries_reuse_the_keys_and_values_of_their_trace(
     # One more than the appended text: a trace's last token was sampled, but never computed.
     appended = len(protocol.cut_text + protocol.answer_header)
     assert others == [1 + appended] if kept_all else max(others) > 1 + appended
+
+
+def test_a_model_with_sliding_windows_is_sampled_as_without_reuse(engine, tokenizer, tmp_path):
+    """A window's layer has dropped the early keys of a long trace, so nothing of it is reused."""
+    torch.manual_seed(0)
+    small = MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                          sliding_window=6)
+    MistralForCausalLM(small).save_pretrained(tmp_path)
+    sliding, protocol = PlainEngine(str(tmp_path)), Protocol.of(tokenizer, 5)
+    questions = [Question(0, "", "4", tuple(tokenizer.encode("2 +2 ?<think>")))]
+    for r in sample_rollouts(sliding, questions, (4, 9, 12), 4, 2, protocol, 1.0, (0, 0)):
+        for s in r.summaries:
+            prompt = [*r.question.prompt, *r.thinking[:s.cut], *s.appended, *s.tokens]
+            logits = sliding.model(torch.tensor([prompt])).logits[0, -len(s.tokens) - 1:-1]
+            logp = logits.log_softmax(-1)[range(len(s.tokens)), s.tokens]
+            assert s.logp == pytest.approx(logp.tolist(), abs=1e-5)
 
 
 def test_kept_keys_end_with_the_weights_they_are_of(engine, tokenizer):
