@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from distributed import any_process, barrier, broadcast, gather, rank, say, together
 from rollout import Rollout, Summary
-from rundir import checkpoints, digest, drop_rollouts, fresh, remove, replace, sha256, sync, write
+from rundir import checkpoints, digest, drop_covered, fresh, replace, sha256, sync, write
 
 
 class Start(NamedTuple):
@@ -123,9 +123,7 @@ def save_checkpoint(output_dir: Path, step: int, identity: dict, trajectory: str
         write(partial / "run.json", json.dumps({"step": step, "trajectory": trajectory,
                                                 "files": files, **identity}, indent=1))
         replace(partial, path)
-        for stale in checkpoints(output_dir)[:-keep]:
-            remove(stale)
-        drop_rollouts(output_dir, before=step)
+    drop_covered(output_dir, step, keep)
     barrier()
 
 

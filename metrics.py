@@ -1,6 +1,6 @@
 """What does a step tell us? One line on the terminal, one object in metrics.jsonl.
 
-The README explains each key: what it is, and which values are healthy.
+docs/metrics.md explains each key: what it is, and which values are healthy.
 """
 
 import importlib.util

@@ -170,6 +170,14 @@ def read_lines(path: Path) -> list[dict]:
     return good
 
 
+def drop_covered(output_dir: Path, step: int, keep: int):
+    """What the checkpoint of `step` makes needless: all but the newest `keep` checkpoints, and the
+    kept rollouts of the steps before it."""
+    for stale in checkpoints(output_dir)[:-keep] if rank() == 0 else []:
+        remove(stale)
+    drop_rollouts(output_dir, before=step)
+
+
 def drop_rollouts(output_dir: Path, before: int):
     """Forget the kept rollouts of steps below `before`."""
     for path in (output_dir / "rollouts").glob("step-*.json") if rank() == 0 else []:

@@ -111,6 +111,7 @@ def load(c: Config, run: Run):
     device = run.device
     if distributed.rank() == 0:
         run.history = rundir.begin(run.dir, run.checkpoint, run.first_step)
+        rundir.drop_covered(run.dir, run.first_step, c.keep_checkpoints)    # a kill came before
         if c.model == "miniature":
             miniature.load_or_write_base(Path("runs"), c.seed)
     run.history = distributed.broadcast(run.history)

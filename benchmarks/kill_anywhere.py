@@ -134,7 +134,8 @@ def result(out: Path) -> dict:
     return {"metrics": lines("metrics.jsonl"), "evaluations": lines("evals.jsonl"),
             "eval.json": json.loads((out / "eval.json").read_text()), "left over": odd,
             "model": (out / "model" / "model.safetensors").read_bytes(),
-            "checkpoints": sorted(p.name for p in (out / "checkpoints").iterdir())}
+            "checkpoints": sorted(p.name for p in (out / "checkpoints").iterdir()),
+            "rollouts": sorted(p.name for p in (out / "rollouts").iterdir())}
 
 
 def main():

@@ -238,6 +238,15 @@ def test_a_delete_or_a_replace_that_a_kill_interrupts_is_completed_at_the_next_s
     assert not [p for p in copy.rglob("*") if p.suffix in (".removed", ".partial")]
 
 
+def test_what_a_kill_left_undeleted_goes_at_the_next_start(copy, trained_model_path):
+    """Killed between a checkpoint's last rename and the deletion of what it makes needless."""
+    (copy / "rollouts" / "step-00000003.json").write_text("")
+    train.train(parse([*arguments(trained_model_path, copy, "--steps", 4, "--save-every", 2),
+                       "--keep-checkpoints", "1", "--resume", "auto"]))
+    assert [p.name for p in (copy / "checkpoints").iterdir()] == ["step-00000004"]
+    assert not list((copy / "rollouts").iterdir())
+
+
 def test_files_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
     done, fsync, rename = [], os.fsync, type(tmp_path).rename
     monkeypatch.setattr(os, "fsync", lambda d: (done.append(os.readlink(f"/proc/self/fd/{d}")),
