@@ -8,6 +8,7 @@ cores, so it is a stage of .ci/run by itself. RUN_REAL=1 makes a missing package
 import importlib.util
 import json
 import os
+import shutil
 
 import make_smollm
 import pytest
@@ -87,14 +88,25 @@ def test_the_preflight_passes_with_vllm(flags, tmp_path):
     preflight(flags, tmp_path / "out", "--engine", "vllm")
 
 
-def test_two_processes_give_the_same_numbers(plain_preflight, flags, tmp_path):
-    """The first step, to rounding until weights move. AdamW's first update is lr times nearly the
-    sign of the gradient: in 135M parameters rounding flips some, and the next norm differed by
-    0.8 %."""
-    metrics, _ = preflight(flags, tmp_path / "out", processes=2)
-    (one, *_), (two, *_) = plain_preflight[0], metrics
-    assert one["grad_norm"][0] == pytest.approx(two["grad_norm"][0], rel=1e-3)
-    assert_equal_metrics([one], [two], tolerance=1e-3, rel=0.03)
+def test_two_processes_train_like_one(flags, tmp_path):
+    """On the same rollouts, to rounding; then a step sampled with the weights of both."""
+    (tmp_path / "odd.py").write_text(
+        "def odd(summary, ground_truth, question):\n    return float(len(summary) % 2)\n")
+    flags = [*flags, "--reward", "odd:odd", "--max-budget", 16, "--num-budgets", 2,
+             "--max-summary-tokens", 16, "--num-rollouts", 2, "--num-summaries", 2,
+             "--questions-per-step", 2, "--lr", 1e-4, "--lr-schedule", "constant",
+             "--save-every", 0, "--eval-data", flags[3], "--eval-questions", 1,
+             "--eval-samples", 1, "--num-eval-budgets", 1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_script("train.py", *flags, "--steps", 1, "--output-dir", one, cwd=tmp_path, timeout=900)
+    # In 49k tokens most are next to impossible: there rounding alone picks another one.
+    shutil.copytree(one / "rollouts", two / "rollouts")
+    run_script("train.py", *flags, "--steps", 2, "--output-dir", two, cwd=tmp_path, timeout=900,
+               processes=2)
+    (alone,), (together, after) = metrics_of(one), metrics_of(two)
+    assert min(alone["grad_norm"]) > 1e-3
+    assert_equal_metrics([alone], [together], tolerance=1e-4)
+    assert after["sampler_gap"] < GAP
 
 
 @needs_vllm
