@@ -75,25 +75,29 @@ def seconds(work, *args) -> float:
 
 
 def bench_tree(repeats: int):
-    model = miniature.make_model(hidden_size=256, intermediate_size=768, num_attention_heads=4,
-                                 num_key_value_heads=4, max_position_embeddings=4096)
-
-    def run(rows):
+    def run(model, rows):
         for row in rows:
             token_logprobs(model, row).sum().backward()
 
     print("tree: forward + backward of one trace, 4 budgets × 4 summaries of 32 tokens")
-    for thinking in (512, 1024, 2048):
-        tree = make_tree(random.Random(0), thinking)
-        packed, separate = pack([tree]), [pack([piece]) for piece in written_out(tree)]
+    # A dense mask costs T² and a layer width²: the wide one has the layers of Qwen2.5-0.5B.
+    for width, inner, lengths in ((256, 768, (512, 1024, 2048)), (896, 4864, (512, 1024))):
+        model = miniature.make_model(hidden_size=width, intermediate_size=inner,
+                                     num_attention_heads=width // 64,
+                                     num_key_value_heads=width // 64, max_position_embeddings=4096)
+        for thinking in lengths:
+            tree = make_tree(random.Random(0), thinking)
+            packed, separate = pack([tree]), [pack([piece]) for piece in written_out(tree)]
 
-        pairs = [(seconds(run, [packed]), seconds(run, separate)) for _ in range(repeats)]
-        ratios = [b / a for a, b in pairs]
-        tokens = len(packed.input_ids), sum(len(row.input_ids) for row in separate)
-        packed_s, separate_s = (statistics.median(side) for side in zip(*pairs))
-        print(f"  thinking {thinking:5}: {tokens[0]} tokens against {tokens[1]} "
-              f"({tokens[1] / tokens[0]:.1f} × as many); {packed_s:.2f} s against {separate_s:.2f} "
-              f"s: {statistics.median(ratios):.1f} × as fast ({min(ratios):.1f}-{max(ratios):.1f})")
+            pairs = [(seconds(run, model, [packed]), seconds(run, model, separate))
+                     for _ in range(repeats)]
+            ratios = [b / a for a, b in pairs]
+            tokens = len(packed.input_ids), sum(len(row.input_ids) for row in separate)
+            packed_s, separate_s = (statistics.median(side) for side in zip(*pairs))
+            print(f"  width {width}, thinking {thinking:5}: {tokens[0]} tokens against {tokens[1]} "
+                  f"({tokens[1] / tokens[0]:.1f} × as many); {packed_s:.2f} s against "
+                  f"{separate_s:.2f} s: {statistics.median(ratios):.1f} × as fast "
+                  f"({min(ratios):.1f}-{max(ratios):.1f})", flush=True)
 
 
 def peak_memory(vocabulary: int, tokens: int, chunk: int) -> float:
