@@ -19,7 +19,6 @@ Both sides of a ratio take turns in one process (memory: one process each); rati
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -107,13 +106,19 @@ def peak_memory(vocabulary: int, tokens: int, chunk: int) -> float:
     row = pack([make_tree(random.Random(0), tokens, summaries=0)])
     for p in model.parameters():
         p.grad = torch.zeros_like(p)            # part of any training, not of the log-probs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest_resident()
     if chunk:
         token_logprobs(model, row, chunk=chunk).sum().backward()
     else:
         logits = model(row.input_ids[None]).logits[0, :-1].float()
         logits.log_softmax(-1).gather(-1, row.input_ids[1:, None]).sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return highest_resident() - before
+
+
+def highest_resident() -> float:
+    """MiB of this process so far. Not ru_maxrss, which starts from the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def bench_memory():
