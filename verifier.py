@@ -79,7 +79,8 @@ _REWRITES = [(re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new) for patt
     (r"\\(?:boxed|fbox)(?=\s*\{)|\\!\s*", ""),                              # \boxed{5}, 12,\!000
     (r"(?<!\\)\\[()\[\]]|\\?\$", ""),                                       # \(5\), $5$, \$5
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)END\.?", ""),             # \left(1, 2\right)
-    (r"\{,\}", ","), (r"(?<!\\)\\[,;: ]|~|\\q?quadEND|\s+", " "),           # 1{,}000, 5\ \text{cm}
+    (r"\{,\}(?=\d{3}(?!\d))", ""),                                          # (1{,}000, 2)
+    (r"(?<!\\)\\[,;: ]|~|\\q?quadEND|\s+", " "),                            # 5\ \text{cm}
     (r"\\[dtc]fracEND", r"\\frac"), (r"\\varnothingEND", r"\\emptyset"),    # \dfrac{1}{2}
     (r"<=", r"\\le "), (r">=", r"\\ge "),                                   # x<=5
     (r"\\(?:mbox|text(?:rm|bf|it|normal))(?=\s*\{)", r"\\text"),            # \textbf{(C)}
@@ -92,7 +93,6 @@ _REWRITES = [(re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new) for patt
     (r"\\(?:text|math(?:bf|rm))\s*\{\s*([\d.,]+)\s*\}", r"\1"),             # \mathbf{42}
     (r"(\.\d*)\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.1\overline{6}
     (r"_\s*\{\s*\\(?:(?:text|mathrm)\s*\{\s*)?(\w+)\s*\}(?:\s*\})?", r"_{\1}"),     # k_{\text{B}}
-    (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"),                                  # x^{2}
 ]]
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 
