@@ -123,7 +123,7 @@ def save_checkpoint(output_dir: Path, step: int, identity: dict, trajectory: str
         write(partial / "run.json", json.dumps({"step": step, "trajectory": trajectory,
                                                 "files": files, **identity}, indent=1))
         replace(partial, path)
-    drop_covered(output_dir, step, keep)
+        drop_covered(output_dir, step, keep)
     barrier()
 
 

@@ -172,8 +172,8 @@ def read_lines(path: Path) -> list[dict]:
 
 def drop_covered(output_dir: Path, step: int, keep: int):
     """What the checkpoint of `step` makes needless: all but the newest `keep` checkpoints, and the
-    kept rollouts of the steps before it."""
-    for stale in checkpoints(output_dir)[:-keep] if rank() == 0 else []:
+    kept rollouts of the steps before it. For the first process alone."""
+    for stale in checkpoints(output_dir)[:-keep]:
         remove(stale)
     drop_rollouts(output_dir, before=step)
 

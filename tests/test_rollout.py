@@ -305,7 +305,7 @@ def test_summaries_reuse_the_keys_and_values_of_their_trace(
     assert others == [1 + appended] if kept_all else max(others) > 1 + appended
 
 
-def test_a_model_with_sliding_windows_is_sampled_as_without_reuse(engine, tokenizer, tmp_path):
+def test_a_model_with_sliding_windows_is_sampled_as_without_reuse(tokenizer, tmp_path):
     """A window's layer has dropped the early keys of a long trace, so nothing of it is reused."""
     torch.manual_seed(0)
     small = MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
