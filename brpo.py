@@ -34,10 +34,10 @@ def progress_baseline(rewards: Tensor, probs: Numbers, decay: float = 0.5) -> Te
     m = rewards.shape[-1]
     j, k = torch.arange(m)[:, None], torch.arange(m)[None, :]
     weight = torch.where(k < j, decay ** (j - k).float(), 0.0).to(rewards)  # [M, M], r_k's in row j
-    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)         # row 1 stays all zero
-    own_past = rewards @ weight.T                                           # [B, G, M]
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)  # row 1 stays all zero
+    own_past = rewards @ weight.T  # [B, G, M]
     probs = torch.as_tensor(probs, dtype=rewards.dtype, device=rewards.device)
-    remaining = probs.flip(0).cumsum(0).flip(0)                             # [M], Σ_{k≥j} P_k
+    remaining = probs.flip(0).cumsum(0).flip(0)  # [M], Σ_{k≥j} P_k
     return own_past * remaining
 
 
@@ -51,16 +51,17 @@ def group_baseline(returns: Tensor) -> Tensor:
     return returns.mean(dim=1, keepdim=True).expand_as(returns)
 
 
-def brpo_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                  decay: float = 0.5) -> Tensor:
+def brpo_baseline(
+    rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers, decay: float = 0.5
+) -> Tensor:
     """V: trust the group early and the rollout's own progress late.
 
         V_j = (b_{j-1}/b_M) · V1_j + (1 - b_{j-1}/b_M) · V2_j        b_0 = 0
 
     At j = 1 a rollout has shown nothing of itself, so V_1 is the group's mean. -> [B, G, M].
     """
-    start = segment_starts(budgets)                                         # [M], b_{j-1}
-    share = start.to(returns) / budgets[-1]                                 # [M], weight of V1
+    start = segment_starts(budgets)  # [M], b_{j-1}
+    share = start.to(returns) / budgets[-1]  # [M], weight of V1
     own, group = progress_baseline(rewards, probs, decay), group_baseline(returns)
     return share * own + (1 - share) * group
 
@@ -81,17 +82,25 @@ def segment_starts(budgets: Numbers) -> Tensor:
     return torch.cat([budgets.new_zeros(1), budgets[:-1]])
 
 
-def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                      baseline: str = "brpo", decay: float = 0.5,
-                      thinking_lengths: Tensor | None = None) -> Tensor:
+def thinking_baseline(
+    rewards: Tensor,
+    returns: Tensor,
+    budgets: Numbers,
+    probs: Numbers,
+    baseline: str = "brpo",
+    decay: float = 0.5,
+    thinking_lengths: Tensor | None = None,
+) -> Tensor:
     """The baseline by name, as in the paper's ablations; and two of our own. -> [B, G, M].
 
-        brpo  V        progress  V1        group  V2        none  0
-        loo   V2'      fitted    V with fitted weights, over `thinking_lengths` [B, G]
+    brpo  V        progress  V1        group  V2        none  0
+    loo   V2'      fitted    V with fitted weights, over `thinking_lengths` [B, G]
     """
     if baseline in ("brpo", "group", "loo", "fitted") and returns.shape[1] < 2:
-        raise ValueError(f"baseline {baseline!r} compares rollouts of one question and needs "
-                         f"G >= 2, got G = {returns.shape[1]}: raise num_rollouts, or use progress")
+        raise ValueError(
+            f"baseline {baseline!r} compares rollouts of one question and needs "
+            f"G >= 2, got G = {returns.shape[1]}: raise num_rollouts, or use progress"
+        )
     if baseline == "brpo":
         return brpo_baseline(rewards, returns, budgets, probs, decay)
     if baseline == "progress":
@@ -107,9 +116,15 @@ def thinking_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs:
     raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(BASELINES)}")
 
 
-def thinking_advantages(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                        baseline: str = "brpo", decay: float = 0.5,
-                        thinking_lengths: Tensor | None = None) -> Tensor:
+def thinking_advantages(
+    rewards: Tensor,
+    returns: Tensor,
+    budgets: Numbers,
+    probs: Numbers,
+    baseline: str = "brpo",
+    decay: float = 0.5,
+    thinking_lengths: Tensor | None = None,
+) -> Tensor:
     """The advantage of every thinking token in segment j.
 
         A_j = R_j - V_j
@@ -117,8 +132,9 @@ def thinking_advantages(rewards: Tensor, returns: Tensor, budgets: Numbers, prob
     Divided neither by the group's standard deviation nor by the sequence's length: both bias the
     gradient (Dr. GRPO). [B, G, M] -> [B, G, M].
     """
-    return returns - thinking_baseline(rewards, returns, budgets, probs, baseline, decay,
-                                       thinking_lengths)
+    return returns - thinking_baseline(
+        rewards, returns, budgets, probs, baseline, decay, thinking_lengths
+    )
 
 
 def token_advantages(advantages: Tensor, budgets: Numbers, num_tokens: int) -> Tensor:
@@ -130,10 +146,12 @@ def token_advantages(advantages: Tensor, budgets: Numbers, num_tokens: int) -> T
     dimensions are free, so a flat batch [B·G, M] works as well. [..., M] -> [..., num_tokens].
     """
     if num_tokens > budgets[-1]:
-        raise ValueError(f"{num_tokens} thinking tokens, but the largest budget is {budgets[-1]}: "
-                         "tokens beyond it belong to no segment")
+        raise ValueError(
+            f"{num_tokens} thinking tokens, but the largest budget is {budgets[-1]}: "
+            "tokens beyond it belong to no segment"
+        )
     positions = torch.arange(1, num_tokens + 1)
-    segment = torch.bucketize(positions, torch.as_tensor(budgets).cpu())    # j - 1 of every token
+    segment = torch.bucketize(positions, torch.as_tensor(budgets).cpu())  # j - 1 of every token
     return advantages[..., segment.to(advantages.device)]
 
 
@@ -150,15 +168,21 @@ def summary_advantages(scores: Tensor, cuts: Tensor) -> Tensor:
     """
     if scores.shape[-1] == 1:
         return scores - scores.mean(dim=1, keepdim=True)
-    same_cut = (cuts[..., :, None] == cuts[..., None, :]).to(scores)        # [B, G, M, M]
-    of_budget = scores.mean(-1, keepdim=True)                               # [B, G, M, 1]
-    baseline = same_cut @ of_budget / same_cut.sum(-1, keepdim=True)        # [B, G, M, 1]
+    same_cut = (cuts[..., :, None] == cuts[..., None, :]).to(scores)  # [B, G, M, M]
+    of_budget = scores.mean(-1, keepdim=True)  # [B, G, M, 1]
+    baseline = same_cut @ of_budget / same_cut.sum(-1, keepdim=True)  # [B, G, M, 1]
     return scores - baseline
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
-                denominator: float, clip: float = 0.2,
-                weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    denominator: float,
+    clip: float = 0.2,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy gradient, summed over trained tokens and divided by a constant.
 
         L = -(1/D) Σ_t w_t · min( ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t )
@@ -184,9 +208,12 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
     with torch.no_grad():
         # The minimum picked the clipped term: this token's gradient has vanished.
         is_clipped = mask & (clipped * advantages < ratio * advantages)
-        metrics = {"tokens": mask.sum(), "clipped": is_clipped.sum(),
-                   # k3, the low-variance estimate of KL(old || new): e^d - d - 1 ≥ 0
-                   "kl": (log_ratio.exp() - log_ratio - 1).sum()}
+        metrics = {
+            "tokens": mask.sum(),
+            "clipped": is_clipped.sum(),
+            # k3, the low-variance estimate of KL(old || new): e^d - d - 1 ≥ 0
+            "kl": (log_ratio.exp() - log_ratio - 1).sum(),
+        }
     return loss, metrics
 
 
@@ -212,13 +239,21 @@ def sampler_gap(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> dict[st
     """
     difference = torch.where(mask, old_logp - sampler_logp, 0.0)
     ratio = difference.exp()
-    return {"gap": difference.abs().sum(), "gap_max": difference.abs().max(),
-            "gap_outside": ((ratio < 0.9) | (ratio > 1.1)).sum()}
+    return {
+        "gap": difference.abs().sum(),
+        "gap_max": difference.abs().max(),
+        "gap_outside": ((ratio < 0.9) | (ratio > 1.1)).sum(),
+    }
 
 
-def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                         decay: float = 0.5,
-                         thinking_lengths: Tensor | None = None) -> dict[str, Tensor]:
+def variance_diagnostics(
+    rewards: Tensor,
+    returns: Tensor,
+    budgets: Numbers,
+    probs: Numbers,
+    decay: float = 0.5,
+    thinking_lengths: Tensor | None = None,
+) -> dict[str, Tensor]:
     """How much of the return's variance does each baseline explain? (the paper's variance figure)
 
         residual_j = Var[R_j - V_j] / Var[R_j]        correlation_j = Corr[V_j, R_j]
@@ -231,13 +266,16 @@ def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Numbers, pro
     """
     chosen = has_tokens(returns, budgets, thinking_lengths)
     # Not by name through thinking_baseline: a diagnostic need not refuse G = 1.
-    baselines = {"progress": progress_baseline(rewards, probs, decay),
-                 "group": group_baseline(returns),
-                 "brpo": brpo_baseline(rewards, returns, budgets, probs, decay)}
+    baselines = {
+        "progress": progress_baseline(rewards, probs, decay),
+        "group": group_baseline(returns),
+        "brpo": brpo_baseline(rewards, returns, budgets, probs, decay),
+    }
     if returns.shape[1] > 1:
         baselines["loo"] = leave_one_out_baseline(returns)
-        baselines["fitted"] = fitted_baseline(rewards, returns, budgets, probs, decay,
-                                              thinking_lengths)
+        baselines["fitted"] = fitted_baseline(
+            rewards, returns, budgets, probs, decay, thinking_lengths
+        )
     out = {}
     for name, value in baselines.items():
         columns = []
@@ -250,7 +288,7 @@ def variance_diagnostics(rewards: Tensor, returns: Tensor, budgets: Numbers, pro
 
 
 def _variance(x: Tensor) -> Tensor:
-    return ((x - x.mean()) ** 2).mean()     # nan where x is empty, without torch.var's warning
+    return ((x - x.mean()) ** 2).mean()  # nan where x is empty, without torch.var's warning
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
@@ -273,9 +311,15 @@ def leave_one_out_baseline(returns: Tensor) -> Tensor:
     return (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
 
 
-def fitted_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers,
-                    decay: float = 0.5, thinking_lengths: Tensor | None = None,
-                    ridge: float = 0.01) -> Tensor:
+def fitted_baseline(
+    rewards: Tensor,
+    returns: Tensor,
+    budgets: Numbers,
+    probs: Numbers,
+    decay: float = 0.5,
+    thinking_lengths: Tensor | None = None,
+    ridge: float = 0.01,
+) -> Tensor:
     """BRPO with its weights measured instead of fixed: R_j regressed on (1, V1_j, V2'_j).
 
         V_j = x_j · β_j^{(b)}        x_j = (1, V1_j, V2'_j)
@@ -288,11 +332,11 @@ def fitted_baseline(rewards: Tensor, returns: Tensor, budgets: Numbers, probs: N
     thinking_lengths [B, G]: fit on rollouts with tokens in the segment only. -> [B, G, M].
     """
     v1, v2 = progress_baseline(rewards, probs, decay), leave_one_out_baseline(returns)
-    x = torch.stack([torch.ones_like(v1), v1, v2], -1).double()             # [B, G, M, 3]
-    error = (returns - v2).double()                                         # what β⁰ leaves over
+    x = torch.stack([torch.ones_like(v1), v1, v2], -1).double()  # [B, G, M, 3]
+    error = (returns - v2).double()  # what β⁰ leaves over
     fit = x * has_tokens(returns, budgets, thinking_lengths)[..., None]
-    gram = torch.einsum("bgmi,bgmk->bmik", fit, x)                          # of each question
+    gram = torch.einsum("bgmi,bgmk->bmik", fit, x)  # of each question
     right = torch.einsum("bgmi,bgm->bmi", fit, error)
-    gram, right = gram.sum(0) - gram, right.sum(0) - right                  # of all the others
+    gram, right = gram.sum(0) - gram, right.sum(0) - right  # of all the others
     beta = torch.linalg.solve(gram + ridge * torch.eye(3).to(gram), right)  # [B, M, 3], β - β⁰
     return v2 + torch.einsum("bgmi,bmi->bgm", x, beta).to(v2)

@@ -34,8 +34,9 @@ class BudgetPrior:
         if any(left >= right for left, right in zip(b, b[1:])):
             raise ValueError(f"budgets {list(b)} are not increasing: sort them and drop duplicates")
         if len(p) != len(b):
-            raise ValueError(f"probs has {len(p)} entries for {len(b)} budgets: "
-                             "give one probability per budget")
+            raise ValueError(
+                f"probs has {len(p)} entries for {len(b)} budgets: give one probability per budget"
+            )
         # Written as `not (x >= 0)` because every comparison with nan is False.
         if any(not (x >= 0) for x in p):
             raise ValueError(f"probs {list(p)}: a probability cannot be negative (or nan)")
@@ -51,8 +52,10 @@ class BudgetPrior:
         base     P_M = 1, else 0        ordinary final-reward RL (AR-base, and GRPO with M = 1)
         """
         if num_budgets < 1 or max_budget % num_budgets:
-            raise ValueError(f"max_budget {max_budget} does not split into {num_budgets} even "
-                             "budgets: change num_budgets, or list the budgets yourself")
+            raise ValueError(
+                f"max_budget {max_budget} does not split into {num_budgets} even "
+                "budgets: change num_budgets, or list the budgets yourself"
+            )
         budgets = tuple(max_budget // num_budgets * j for j in range(1, num_budgets + 1))
         return cls(budgets, prior_probs(kind, budgets))
 

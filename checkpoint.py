@@ -35,7 +35,7 @@ class Start(NamedTuple):
 
     checkpoint: Path | None
     step: int
-    trajectory: str     # digest of the settings and of all rollouts trained on so far
+    trajectory: str  # digest of the settings and of all rollouts trained on so far
 
 
 def find(output_dir: Path, resume: str, identity: dict) -> Start:
@@ -53,8 +53,10 @@ def find(output_dir: Path, resume: str, identity: dict) -> Start:
                 start = check_checkpoint(Path(resume), identity)
                 here = (output_dir / "checkpoints").resolve()
                 if Path(resume).resolve().parent != here and (output_dir / "config.json").exists():
-                    raise ValueError(f"--output-dir {output_dir} holds another run than --resume "
-                                     f"{resume}: choose a new one")
+                    raise ValueError(
+                        f"--output-dir {output_dir} holds another run than --resume "
+                        f"{resume}: choose a new one"
+                    )
     return broadcast(start)
 
 
@@ -70,14 +72,16 @@ def _newest_intact(output_dir: Path, identity: dict) -> Start | None:
         else:
             return check_checkpoint(path, identity)
     if skipped:
-        raise ValueError(f"none of the {len(skipped)} checkpoints in {output_dir} is intact: start "
-                         "again in a new --output-dir")
+        raise ValueError(
+            f"none of the {len(skipped)} checkpoints in {output_dir} is intact: start "
+            "again in a new --output-dir"
+        )
 
 
 def save_model(model, tokenizer, path: Path):
     """Write the model in Hugging Face layout, in the dtype it came in."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)      # of the first process; {} elsewhere
+    weights = get_model_state_dict(model, options=options)  # of the first process; {} elsewhere
     weights = {name: weight.to(model.dtype_on_disk) for name, weight in weights.items()}
     refuse_non_finite(weights.values(), path.parent)
     if rank() == 0:
@@ -92,36 +96,47 @@ def refuse_non_finite(tensors, output_dir: Path):
     """FloatingPointError on all processes if one of them holds a nan or an infinity."""
     local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
     if any_process(not all(t.isfinite().all() for t in local)):
-        raise FloatingPointError("weights or optimizer hold nan or infinity, so nothing was saved. "
-                                 + last_good(output_dir))
+        raise FloatingPointError(
+            "weights or optimizer hold nan or infinity, so nothing was saved. "
+            + last_good(output_dir)
+        )
 
 
 def last_good(output_dir: Path) -> str:
     newest = (checkpoints(output_dir) or ["none"])[-1]
-    return f"The last good checkpoint: {newest}. Go on from it with a lower --lr, in a new " \
-           "--output-dir, or find out what is wrong with the questions named above"
+    return (
+        f"The last good checkpoint: {newest}. Go on from it with a lower --lr, in a new "
+        "--output-dir, or find out what is wrong with the questions named above"
+    )
 
 
-def save_checkpoint(output_dir: Path, step: int, identity: dict, trajectory: str, model, optimizer,
-                    keep: int):
+def save_checkpoint(
+    output_dir: Path, step: int, identity: dict, trajectory: str, model, optimizer, keep: int
+):
     """Model and optimizer shards of every process, and a run.json with the run's identity and a
     checksum of every file. The newest `keep` checkpoints stay."""
     path = output_dir / "checkpoints" / f"step-{step:08d}"
     partial = path.with_suffix(".partial")
     if rank() == 0:
         fresh(partial)
-        sync(output_dir / "metrics.jsonl")      # what it says of the steps before is not said again
+        sync(output_dir / "metrics.jsonl")  # what it says of the steps before is not said again
         sync(output_dir / "evals.jsonl")
     weights, moments = get_state_dict(model, optimizer)
     # Collective: from here on, all processes know that the directory is there.
-    refuse_non_finite([*weights.values(), *(t for state in optimizer.state.values()
-                                            for t in state.values())], output_dir)
+    refuse_non_finite(
+        [*weights.values(), *(t for state in optimizer.state.values() for t in state.values())],
+        output_dir,
+    )
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(partial))
     mine = [*partial.glob(f"__{rank()}_*"), *([partial / ".metadata"] if rank() == 0 else [])]
-    files = dict(gather([(p.name, sha256(p)) for p in mine]))   # each reads what it has written
+    files = dict(gather([(p.name, sha256(p)) for p in mine]))  # each reads what it has written
     if rank() == 0:
-        write(partial / "run.json", json.dumps({"step": step, "trajectory": trajectory,
-                                                "files": files, **identity}, indent=1))
+        write(
+            partial / "run.json",
+            json.dumps(
+                {"step": step, "trajectory": trajectory, "files": files, **identity}, indent=1
+            ),
+        )
         replace(partial, path)
         drop_covered(output_dir, step, keep)
     barrier()
@@ -144,33 +159,50 @@ def check_checkpoint(path: Path, identity: dict) -> Start:
     """The start from a checkpoint that is intact and of this run; else ValueError with what is
     wrong or different."""
     if problem := damage(path):
-        raise ValueError(f"{path} is no complete checkpoint ({problem}): pass --resume auto, or a "
-                         "directory named step-*")
+        raise ValueError(
+            f"{path} is no complete checkpoint ({problem}): pass --resume auto, or a "
+            "directory named step-*"
+        )
     saved = json.loads((path / "run.json").read_bytes())
-    different = [f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in identity.items()
-                 if saved.get(k) != v]
+    different = [
+        f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in identity.items() if saved.get(k) != v
+    ]
     if different:
-        raise ValueError(f"checkpoint {path} is of another run: {'; '.join(different)}. Match the "
-                         "flags, or start in a new --output-dir")
+        raise ValueError(
+            f"checkpoint {path} is of another run: {'; '.join(different)}. Match the "
+            "flags, or start in a new --output-dir"
+        )
     return Start(path, saved["step"], saved["trajectory"])
 
 
 def load_checkpoint(path: Path, model, optimizer):
     """Fill model and optimizer in place, on any number of processes."""
-    _Reader(path).read_metadata()       # torch would wrap its ValueError, not even in an Exception
+    _Reader(path).read_metadata()  # torch would wrap its ValueError, not even in an Exception
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, storage_reader=_Reader(path), planner=_Planner())
-    set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
 
 
 class _Unpickler(pickle.Unpickler):
     """A pickle can call any function by its name: allow the few classes that torch writes."""
 
-    KNOWN = {"BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
-             "PosixPath", "Size", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-             "_MEM_FORMAT_ENCODING", "_StorageInfo", "_get_layout"}
+    KNOWN = {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "PosixPath",
+        "Size",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+        "_StorageInfo",
+        "_get_layout",
+    }
 
     def find_class(self, module, name):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -204,19 +236,31 @@ def save_rollouts(path: Path, trajectory: str, rollouts: list[Rollout]) -> str:
     """
     if rank() > 0:
         return ""
-    body = json.dumps([
-        {"question": r.question.index, "sample": r.sample, "finish": r.finish,
-         "thinking": r.thinking, "logp": r.logp,
-         "summaries": [[s.budget_index, s.draw, s.cut, s.appended, s.tokens, s.logp, s.score]
-                       for s in r.summaries]} for r in rollouts])
+    body = json.dumps(
+        [
+            {
+                "question": r.question.index,
+                "sample": r.sample,
+                "finish": r.finish,
+                "thinking": r.thinking,
+                "logp": r.logp,
+                "summaries": [
+                    [s.budget_index, s.draw, s.cut, s.appended, s.tokens, s.logp, s.score]
+                    for s in r.summaries
+                ],
+            }
+            for r in rollouts
+        ]
+    )
     if all(math.isfinite(x) for r in rollouts for s in (r, *r.summaries) for x in s.logp):
         path.parent.mkdir(exist_ok=True)
         write(path, json.dumps({"after": trajectory, "checksum": digest(body)}) + "\n" + body)
     return digest(trajectory, body)
 
 
-def load_rollouts(path: Path, trajectory: str, questions: list, num_rollouts: int,
-                  num_summaries: int) -> tuple[list[Rollout] | None, str]:
+def load_rollouts(
+    path: Path, trajectory: str, questions: list, num_rollouts: int, num_summaries: int
+) -> tuple[list[Rollout] | None, str]:
     """(rollouts, trajectory with them) that an interrupted run kept at `path`, or (None, "").
 
     Taken only where they are whole and continue this very trajectory: other weights sampled the
@@ -232,8 +276,9 @@ def load_rollouts(path: Path, trajectory: str, questions: list, num_rollouts: in
             if head["after"] != trajectory:
                 raise ValueError("of another trajectory")
             records = [(r["question"], r["sample"], len(r["summaries"])) for r in json.loads(body)]
-            if records != [(q.index, g, num_summaries) for q in questions
-                           for g in range(num_rollouts)]:
+            if records != [
+                (q.index, g, num_summaries) for q in questions for g in range(num_rollouts)
+            ]:
                 raise ValueError("not those of this step")
         except (OSError, ValueError, KeyError, TypeError) as e:
             say(f"WARNING rollouts {path} are sampled again: {e}")
@@ -241,6 +286,14 @@ def load_rollouts(path: Path, trajectory: str, questions: list, num_rollouts: in
     if (body := broadcast(body)) is None:
         return None, ""
     question = {q.index: q for q in questions}
-    return [Rollout(question[r["question"]], r["sample"], r["thinking"], r["logp"], r["finish"],
-                    [Summary(*s) for s in r["summaries"]])
-            for r in json.loads(body)], digest(trajectory, body)
+    return [
+        Rollout(
+            question[r["question"]],
+            r["sample"],
+            r["thinking"],
+            r["logp"],
+            r["finish"],
+            [Summary(*s) for s in r["summaries"]],
+        )
+        for r in json.loads(body)
+    ], digest(trajectory, body)

@@ -13,8 +13,16 @@ from typing import Annotated, Literal
 
 from budgets import BudgetPrior, prior_probs
 
-Experiment = Literal["grpo", "ar-base", "ar-linear", "ar-uniform", "grpo-linear", "grpo-decouple",
-                     "grpo-vr", "grpo-vr-decouple"]
+Experiment = Literal[
+    "grpo",
+    "ar-base",
+    "ar-linear",
+    "ar-uniform",
+    "grpo-linear",
+    "grpo-decouple",
+    "grpo-vr",
+    "grpo-vr-decouple",
+]
 
 
 @dataclass(frozen=True)
@@ -31,23 +39,23 @@ class Kind:
 class Method:
     """The method, with the paper's symbols."""
 
-    max_budget: int = 64                # b_M, the largest thinking budget in tokens.
-    num_budgets: int = 4                # M, evenly spaced.
+    max_budget: int = 64  # b_M, the largest thinking budget in tokens.
+    num_budgets: int = 4  # M, evenly spaced.
     prior: Literal["uniform", "linear", "base"] = "uniform"  # P_j over the budgets.
     # b_1 < ... < b_M by hand, any spacing; replaces max_budget and num_budgets.
     budgets: tuple[int, ...] = ()
-    probs: tuple[float, ...] = ()       # P_1 ... P_M by hand; replaces prior.
-    num_rollouts: int = 8               # G, thinking traces per question.
-    num_summaries: int = 4              # A, summaries per budget.
+    probs: tuple[float, ...] = ()  # P_1 ... P_M by hand; replaces prior.
+    num_rollouts: int = 8  # G, thinking traces per question.
+    num_summaries: int = 4  # A, summaries per budget.
     # Train the summaries of all cuts (decoupled, uniform prior), or of the last budget (GRPO).
     train_summaries: Literal["all", "last"] = "all"
     # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none; and not in the
     # paper: loo (V2 without the rollout itself), fitted (the mixture's weights by regression).
     baseline: Literal["brpo", "progress", "group", "none", "loo", "fitted"] = "brpo"
-    decay: float = 0.5                  # λ of V1: how fast a rollout's older rewards are forgotten.
-    temperature: float = 1.0            # Sampling temperature; log-probs are taken at the same one.
-    max_summary_tokens: int = 7         # Generated tokens of one summary, whatever was appended.
-    max_appended_tokens: int = 3        # Room for the text appended before a summary.
+    decay: float = 0.5  # λ of V1: how fast a rollout's older rewards are forgotten.
+    temperature: float = 1.0  # Sampling temperature; log-probs are taken at the same one.
+    max_summary_tokens: int = 7  # Generated tokens of one summary, whatever was appended.
+    max_appended_tokens: int = 3  # Room for the text appended before a summary.
     # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) times the sum of the
     # two above.
     max_response_length: int = 0
@@ -59,18 +67,18 @@ class Method:
 class Optimisation:
     """Steps, batches and AdamW."""
 
-    questions_per_step: int = 16        # B, questions sampled per step.
+    questions_per_step: int = 16  # B, questions sampled per step.
     # Optimizer steps per sampling step, each on B / updates_per_step questions.
     updates_per_step: int = 2
     steps: int = 50  # Sampling steps; 0: as many as `epochs` passes over the questions take.
-    epochs: int = 1                     # Passes over the questions, where steps is 0.
-    lr: float = 6e-4                    # AdamW's learning rate at the first step.
+    epochs: int = 1  # Passes over the questions, where steps is 0.
+    lr: float = 6e-4  # AdamW's learning rate at the first step.
     # constant (the paper's), or linear: down to 0 over the run, so that its last step is not luck.
     lr_schedule: Literal["constant", "linear"] = "linear"
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates.
-    weight_decay: float = 0.0           # AdamW's weight decay.
-    clip: float = 0.2                   # ε of the clipped ratio.
-    max_grad_norm: float = 1.0          # The global gradient norm is clipped here.
+    weight_decay: float = 0.0  # AdamW's weight decay.
+    clip: float = 0.2  # ε of the clipped ratio.
+    max_grad_norm: float = 1.0  # The global gradient norm is clipped here.
     # C of the sampler correction min(exp(old - sampler), C); 0: no correction, as in the paper.
     sampler_cap: float = 2.0
 
@@ -84,16 +92,16 @@ class ModelAndData:
     # A .json, .jsonl or .parquet file, a named set (deepscaler), or "miniature".
     train_data: str = "miniature"
     eval_data: tuple[str, ...] = ("miniature",)  # Likewise, any number of sets.
-    question_field: str = "problem"     # Column of the question in files.
-    answer_field: str = "answer"        # Column of the ground truth in files.
+    question_field: str = "problem"  # Column of the question in files.
+    answer_field: str = "answer"  # Column of the ground truth in files.
     prompt_template: str = "{question}"  # The user message.
-    system_prompt: str = ""             # The system message; "": none of ours.
+    system_prompt: str = ""  # The system message; "": none of ours.
     # Arguments of the model's chat template, as name=value (Qwen3: enable_thinking=true).
     chat_template_args: tuple[str, ...] = ()
-    max_prompt_tokens: int = 12         # Longer prompts are dropped, with a count.
+    max_prompt_tokens: int = 12  # Longer prompts are dropped, with a count.
     # "math" (the verifier), or module:function(summary, ground_truth, question) -> float in [0, 1].
     reward: str = "math"
-    reward_timeout: float = 10.0        # Seconds for one call of that function.
+    reward_timeout: float = 10.0  # Seconds for one call of that function.
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,11 @@ class EngineAndMemory:
 
     # Sampling by transformers (anywhere), or by vLLM (fast).
     engine: Literal["plain", "vllm"] = "plain"
-    tensor_parallel_size: int = 1       # Processes that share one vLLM engine.
+    tensor_parallel_size: int = 1  # Processes that share one vLLM engine.
     # Training memory: tokens per packed row, one row a forward; a longer tree gets its own row.
     max_tokens_per_row: int = 512
-    kv_cache_gb: float = 1.0            # Sampling memory: vLLM's KV cache per process.
-    verifier_workers: int = 2           # Grading processes per training process.
+    kv_cache_gb: float = 1.0  # Sampling memory: vLLM's KV cache per process.
+    verifier_workers: int = 2  # Grading processes per training process.
 
 
 @dataclass(frozen=True)
@@ -114,27 +122,33 @@ class Run:
     """Seed, files, evaluation."""
 
     seed: int = 0  # Decides the warm start, the order of questions and every sampled token.
-    output_dir: str = ""                # Default: runs/<preset>-<experiment>-seed<seed>.
+    output_dir: str = ""  # Default: runs/<preset>-<experiment>-seed<seed>.
     # Curves and the evaluation's figure beside metrics.jsonl, which is always written.
     # (Not --log: torchrun takes that for one of its own.)
     logger: Literal["none", "wandb", "tensorboard"] = "none"
     # auto: from the newest checkpoint in output_dir (or start, without one); or a checkpoint.
     resume: str = ""
-    save_every: int = 20                # Steps between checkpoints; 0: none, except on SIGTERM.
-    keep_checkpoints: int = 2           # The newest ones are kept.
+    save_every: int = 20  # Steps between checkpoints; 0: none, except on SIGTERM.
+    keep_checkpoints: int = 2  # The newest ones are kept.
     # Steps between evaluations (besides those at step 0 and the end); 0: only those two.
     eval_every: int = 25
-    num_eval_budgets: int = 8           # Points of the anytime curve, evenly spaced up to b_M.
+    num_eval_budgets: int = 8  # Points of the anytime curve, evenly spaced up to b_M.
     # The points of the curve by hand; replaces num_eval_budgets.
     eval_budgets: tuple[int, ...] = ()
-    eval_samples: int = 4               # Thinking traces per evaluation question.
+    eval_samples: int = 4  # Thinking traces per evaluation question.
     # Sampling temperature of evaluation (the paper's is 0.6; at 1.0 the curve is J itself).
     eval_temperature: float = 1.0
-    eval_questions: int = 256           # Questions per evaluation set at most; 0: all.
+    eval_questions: int = 256  # Questions per evaluation set at most; 0: all.
 
 
-PARTS = {"kind": Kind, "method": Method, "optimisation": Optimisation,
-         "model_and_data": ModelAndData, "engine_and_memory": EngineAndMemory, "run": Run}
+PARTS = {
+    "kind": Kind,
+    "method": Method,
+    "optimisation": Optimisation,
+    "model_and_data": ModelAndData,
+    "engine_and_memory": EngineAndMemory,
+    "run": Run,
+}
 
 
 # A dataclass lists the fields of its bases from the last to the first.
@@ -162,8 +176,11 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
     @property
     def question_options(self) -> dict:
         """How rows become questions: the keywords of data.load_questions."""
-        return {"need_ground_truth": self.reward == "math", "system_prompt": self.system_prompt,
-                "chat_template_args": self.chat_template_args}
+        return {
+            "need_ground_truth": self.reward == "math",
+            "system_prompt": self.system_prompt,
+            "chat_template_args": self.chat_template_args,
+        }
 
     @property
     def longest_sequence(self) -> int:
@@ -200,33 +217,58 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
 
 PAPER_8K = {
     # The authors set 10 tokens aside for the appended text (R1-Distill's has 5 or 8), of 128.
-    "max_budget": 8000, "max_summary_tokens": 118, "max_appended_tokens": 10,
-    "summary_loss": "sum", "num_rollouts": 8,
-    "questions_per_step": 64, "updates_per_step": 2, "steps": 0, "epochs": 1,
-    "lr": 1e-6, "lr_schedule": "constant", "betas": (0.9, 0.999), "weight_decay": 0.01,
-    "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "train_data": "deepscaler",
+    "max_budget": 8000,
+    "max_summary_tokens": 118,
+    "max_appended_tokens": 10,
+    "summary_loss": "sum",
+    "num_rollouts": 8,
+    "questions_per_step": 64,
+    "updates_per_step": 2,
+    "steps": 0,
+    "epochs": 1,
+    "lr": 1e-6,
+    "lr_schedule": "constant",
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.01,
+    "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "train_data": "deepscaler",
     # While training, the two small sets: 113 questions × 32 samples are 3616 traces, each of up to
     # 8000 tokens and 32 summaries: at most 43M tokens, what 8 training steps sample.
-    "eval_data": ("paper/aime", "paper/amc"), "eval_samples": 32, "eval_every": 20,
+    "eval_data": ("paper/aime", "paper/amc"),
+    "eval_samples": 32,
+    "eval_every": 20,
     "prompt_template": "{question} Let's think step by step and output the final answer within "
-                       "\\boxed{}.",
-    "max_prompt_tokens": 1024, "engine": "vllm", "max_tokens_per_row": 32768, "kv_cache_gb": 24.0,
-    "verifier_workers": 4, "save_every": 40, "num_eval_budgets": 32,
-    "eval_temperature": 0.6, "eval_questions": 0,
+    "\\boxed{}.",
+    "max_prompt_tokens": 1024,
+    "engine": "vllm",
+    "max_tokens_per_row": 32768,
+    "kv_cache_gb": 24.0,
+    "verifier_workers": 4,
+    "save_every": 40,
+    "num_eval_budgets": 32,
+    "eval_temperature": 0.6,
+    "eval_questions": 0,
 }
 # The longer run of the authors' repository: twice the budget, rollouts and questions.
-PAPER_16K = PAPER_8K | {"max_budget": 16000, "num_rollouts": 16, "questions_per_step": 128,
-                        "epochs": 3}
+PAPER_16K = PAPER_8K | {
+    "max_budget": 16000,
+    "num_rollouts": 16,
+    "questions_per_step": 128,
+    "epochs": 3,
+}
 PRESETS = {"miniature": {}, "paper-8k": PAPER_8K, "paper-16k": PAPER_16K}
 
 # What evaluate.py changes in a paper preset, for final tables: 1560 questions × 80 samples are
 # 124,800 traces; with 32 summaries each, at most 1.5G tokens at 8000 tokens of thinking, 2.5G at
 # 16,000. On AIME's 30 questions 80 samples leave the questions themselves as the main uncertainty.
-FINAL_TABLES = {"miniature": {}, **dict.fromkeys(
-    ("paper-8k", "paper-16k"), {"eval_data": ("paper",), "eval_samples": 80})}
+FINAL_TABLES = {
+    "miniature": {},
+    **dict.fromkeys(("paper-8k", "paper-16k"), {"eval_data": ("paper",), "eval_samples": 80}),
+}
 
 # The paper's comparison. GRPO is the same code with one budget, one summary and the group's mean.
 COLUMNS = ("num_budgets", "prior", "num_summaries", "train_summaries", "baseline")
+# fmt: off
 EXPERIMENTS = {name: dict(zip(COLUMNS, row)) for name, row in {
     "grpo":             (1, "base",    1, "last", "group"),
     "ar-base":          (4, "base",    4, "all",  "brpo"),
@@ -237,6 +279,7 @@ EXPERIMENTS = {name: dict(zip(COLUMNS, row)) for name, row in {
     "grpo-vr":          (4, "base",    1, "last", "brpo"),
     "grpo-vr-decouple": (4, "base",    4, "all",  "brpo"),
 }.items()}
+# fmt: on
 
 
 def parse(args: list[str] | None = None) -> Config:
@@ -245,13 +288,22 @@ def parse(args: list[str] | None = None) -> Config:
 
     refuse_empty(args)
     # Twice: preset and experiment decide what all the other flags default to.
-    first = os.environ.get("RANK", "0") == "0"      # one message, not one from every process
-    kind, _ = tyro.cli(Kind, args=args, add_help=False, return_unknown_args=True,
-                       console_outputs=first)
+    first = os.environ.get("RANK", "0") == "0"  # one message, not one from every process
+    kind, _ = tyro.cli(
+        Kind, args=args, add_help=False, return_unknown_args=True, console_outputs=first
+    )
     base = Config(**{**vars(kind), **PRESETS[kind.preset], **EXPERIMENTS[kind.experiment]})
-    parts = tyro.cli(tyro.conf.OmitArgPrefixes[Parts], args=args, default=Parts(**{
-        name: part(**{f.name: getattr(base, f.name) for f in fields(part)})
-        for name, part in PARTS.items()}), console_outputs=first)
+    parts = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Parts],
+        args=args,
+        default=Parts(
+            **{
+                name: part(**{f.name: getattr(base, f.name) for f in fields(part)})
+                for name, part in PARTS.items()
+            }
+        ),
+        console_outputs=first,
+    )
     flags = {k: v for part in vars(parts).values() for k, v in vars(part).items()}
     config = Config(**flags)
     default = f"runs/{config.preset}-{config.experiment}-seed{config.seed}"
@@ -264,8 +316,10 @@ def refuse_empty(args: list[str] | None):
     for given, following in zip(args, [*args[1:], "--"]):
         if given.replace("_", "-") in LISTS and following.startswith("--"):
             if os.environ.get("RANK", "0") == "0":
-                print(f"error: {given} has no value: give it one or more, or leave it out",
-                      file=sys.stderr)
+                print(
+                    f"error: {given} has no value: give it one or more, or leave it out",
+                    file=sys.stderr,
+                )
             sys.exit(2)
 
 
@@ -288,17 +342,52 @@ class Parts:
 # where the random keys of evaluation begin; the other upper bounds only catch slips and infinity.
 TINY, MANY = 5e-324, 2**31 - 1
 RANGES = {
-    **dict.fromkeys(("max_budget", "num_budgets", "budgets", "num_rollouts", "num_summaries",
-                     "questions_per_step", "updates_per_step", "max_summary_tokens",
-                     "max_prompt_tokens", "num_eval_budgets", "eval_budgets", "eval_samples",
-                     "tensor_parallel_size", "max_tokens_per_row", "keep_checkpoints",
-                     "verifier_workers"), (1, MANY)),
-    **dict.fromkeys(("steps", "epochs", "save_every", "eval_every", "eval_questions",
-                     "max_appended_tokens", "max_response_length"), (0, MANY)),
-    "seed": (0, 2**63 - 1), "probs": (0, 1), "decay": (TINY, 1), "lr": (TINY, 1),
-    "betas": (0, 1 - 1e-9), "weight_decay": (0, 1), "clip": (TINY, 1e3), "sampler_cap": (0, 1e6),
-    "max_grad_norm": (TINY, 1e9), "temperature": (TINY, 100), "eval_temperature": (0, 100),
-    "kv_cache_gb": (TINY, 1e5), "reward_timeout": (TINY, 1e5),
+    **dict.fromkeys(
+        (
+            "max_budget",
+            "num_budgets",
+            "budgets",
+            "num_rollouts",
+            "num_summaries",
+            "questions_per_step",
+            "updates_per_step",
+            "max_summary_tokens",
+            "max_prompt_tokens",
+            "num_eval_budgets",
+            "eval_budgets",
+            "eval_samples",
+            "tensor_parallel_size",
+            "max_tokens_per_row",
+            "keep_checkpoints",
+            "verifier_workers",
+        ),
+        (1, MANY),
+    ),
+    **dict.fromkeys(
+        (
+            "steps",
+            "epochs",
+            "save_every",
+            "eval_every",
+            "eval_questions",
+            "max_appended_tokens",
+            "max_response_length",
+        ),
+        (0, MANY),
+    ),
+    "seed": (0, 2**63 - 1),
+    "probs": (0, 1),
+    "decay": (TINY, 1),
+    "lr": (TINY, 1),
+    "betas": (0, 1 - 1e-9),
+    "weight_decay": (0, 1),
+    "clip": (TINY, 1e3),
+    "sampler_cap": (0, 1e6),
+    "max_grad_norm": (TINY, 1e9),
+    "temperature": (TINY, 100),
+    "eval_temperature": (0, 100),
+    "kv_cache_gb": (TINY, 1e5),
+    "reward_timeout": (TINY, 1e5),
 }
 
 
@@ -310,43 +399,57 @@ def check(config: Config, world_size: int = 1) -> None:
         for value in values if isinstance(values, tuple) else (values,):
             if value < lowest:
                 must = {0: "cannot be negative", TINY: "must be above 0"}
-                raise ValueError(f"{flag(name)} {value}: "
-                                 + must.get(lowest, f"must be at least {lowest}"))
-            if not value <= highest:        # nan too
+                raise ValueError(
+                    f"{flag(name)} {value}: " + must.get(lowest, f"must be at least {lowest}")
+                )
+            if not value <= highest:  # nan too
                 raise ValueError(f"{flag(name)} {value}: must be at most {highest:g}")
     if not c.eval_data:
         raise ValueError("--eval-data: name at least one file or set")
     if c.num_rollouts < 2 and c.baseline in ("brpo", "group", "loo", "fitted"):
-        raise ValueError(f"--baseline {c.baseline} compares rollouts of one question: "
-                         f"--num-rollouts must be at least 2, not {c.num_rollouts}")
+        raise ValueError(
+            f"--baseline {c.baseline} compares rollouts of one question: "
+            f"--num-rollouts must be at least 2, not {c.num_rollouts}"
+        )
     if c.num_rollouts < 2 and c.num_summaries == 1:
-        raise ValueError("--num-summaries 1 uses the group's mean as the summaries' baseline: "
-                         "--num-rollouts must be at least 2")
+        raise ValueError(
+            "--num-summaries 1 uses the group's mean as the summaries' baseline: "
+            "--num-rollouts must be at least 2"
+        )
     largest = c.budget_prior.budgets[-1]
     if not c.eval_budgets and c.num_eval_budgets > largest:
         raise ValueError(f"--num-eval-budgets {c.num_eval_budgets}: only {largest} tokens to share")
-    _ = c.evaluation_budgets        # raises where they do not increase
+    _ = c.evaluation_budgets  # raises where they do not increase
     if 0 < c.max_response_length < largest:
-        raise ValueError(f"--max-response-length {c.max_response_length} is below the largest "
-                         f"budget {largest}: raise it, or leave it out")
+        raise ValueError(
+            f"--max-response-length {c.max_response_length} is below the largest "
+            f"budget {largest}: raise it, or leave it out"
+        )
     check_processes(c, world_size)
 
 
 def check_processes(c: Config, world_size: int) -> None:
     """The batch arithmetic over processes; ValueError names the flag and the fix."""
     if c.questions_per_step % c.updates_per_step:
-        raise ValueError(f"--questions-per-step {c.questions_per_step} does not split into "
-                         f"--updates-per-step {c.updates_per_step} equal updates")
+        raise ValueError(
+            f"--questions-per-step {c.questions_per_step} does not split into "
+            f"--updates-per-step {c.updates_per_step} equal updates"
+        )
     if c.tensor_parallel_size > 1 and c.engine != "vllm":
-        raise ValueError("--tensor-parallel-size needs --engine vllm: the plain engine samples on "
-                         "one device")
+        raise ValueError(
+            "--tensor-parallel-size needs --engine vllm: the plain engine samples on one device"
+        )
     if world_size % c.tensor_parallel_size:
-        raise ValueError(f"{world_size} processes do not form groups of --tensor-parallel-size "
-                         f"{c.tensor_parallel_size}: start a multiple of it")
+        raise ValueError(
+            f"{world_size} processes do not form groups of --tensor-parallel-size "
+            f"{c.tensor_parallel_size}: start a multiple of it"
+        )
     samplers = world_size // c.tensor_parallel_size
     if c.questions_per_step % samplers:
-        raise ValueError(f"--questions-per-step {c.questions_per_step} does not divide over "
-                         f"{samplers} sampling processes: make it a multiple")
+        raise ValueError(
+            f"--questions-per-step {c.questions_per_step} does not divide over "
+            f"{samplers} sampling processes: make it a multiple"
+        )
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
@@ -365,45 +468,48 @@ def batch_arithmetic(config: Config, world_size: int) -> str:
     traces = c.questions_per_step * c.num_rollouts
     budgets = " ".join(map(str, prior.budgets))
     probs = " ".join(f"{p:.3g}" for p in prior.probs)
-    return "\n".join([
-        f"{c.preset} · {c.experiment} · seed {c.seed} · {world_size} process(es), "
-        f"{samplers} sampler(s) -> {c.output_dir}",
-        f"  budgets b_j   {budgets}   P_j {probs}   baseline {c.baseline}",
-        f"  a step        {c.questions_per_step} questions × G {c.num_rollouts} = {traces} "
-        f"thinking traces of up to {prior.budgets[-1]} tokens, × M {m} × A {c.num_summaries} = "
-        f"{traces * m * c.num_summaries} summaries of up to {c.max_summary_tokens}",
-        f"  an update     {c.questions_per_step // c.updates_per_step} questions, "
-        f"{c.updates_per_step} updates a step; loss denominator {traces // c.updates_per_step} × "
-        f"{c.response_length} = {c.denominator}",
-    ])
+    return "\n".join(
+        [
+            f"{c.preset} · {c.experiment} · seed {c.seed} · {world_size} process(es), "
+            f"{samplers} sampler(s) -> {c.output_dir}",
+            f"  budgets b_j   {budgets}   P_j {probs}   baseline {c.baseline}",
+            f"  a step        {c.questions_per_step} questions × G {c.num_rollouts} = {traces} "
+            f"thinking traces of up to {prior.budgets[-1]} tokens, × M {m} × A {c.num_summaries} = "
+            f"{traces * m * c.num_summaries} summaries of up to {c.max_summary_tokens}",
+            f"  an update     {c.questions_per_step // c.updates_per_step} questions, "
+            f"{c.updates_per_step} updates a step; loss denominator "
+            f"{traces // c.updates_per_step} × {c.response_length} = {c.denominator}",
+        ]
+    )
 
 
 # ------------------------------------------------------------------------- the flags of evaluate.py
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """Measure the anytime curve of saved models."""
 
-    models: Annotated[tuple[str, ...], "positional"]    # Model directories or hub names.
+    models: Annotated[tuple[str, ...], "positional"]  # Model directories or hub names.
     # Where the fields left out below come from: sets, budgets, samples, prompt, engine.
     preset: Literal["miniature", "paper-8k", "paper-16k"] = "miniature"
-    ask: str = ""                       # Answer this one question, as the model thinks about it.
-    budgets: tuple[int, ...] = ()       # Thinking budgets, increasing.
-    data: tuple[str, ...] = ()          # Files, named sets, or "paper" for the authors' five files.
-    samples: int = 0                    # Thinking traces per question.
-    summaries: int = 1                  # A, per budget; more of them only sharpen the estimate.
-    questions: int = -1                 # At most so many per set; 0: all.
-    temperature: float = -1.0           # Sampling temperature.
-    seed: int = 0                       # Decides every sampled token, and the bootstrap.
-    engine: Literal["", "plain", "vllm"] = ""   # Sampling by transformers or by vLLM.
-    prompt_template: str = ""           # The user message, with {question}.
-    system_prompt: str = ""             # The system message.
-    chat_template_args: tuple[str, ...] = ()    # Of the chat template, as name=value.
-    max_prompt_tokens: int = 0          # Longer prompts are dropped, with a count.
-    question_field: str = "problem"     # Column of the question in files.
-    answer_field: str = "answer"        # Column of the ground truth in files.
-    reward: str = ""                    # "math", or module:function, as in training.
-    chunk: int = 0                      # Questions between two writes of the records; 0: automatic.
+    ask: str = ""  # Answer this one question, as the model thinks about it.
+    budgets: tuple[int, ...] = ()  # Thinking budgets, increasing.
+    data: tuple[str, ...] = ()  # Files, named sets, or "paper" for the authors' five files.
+    samples: int = 0  # Thinking traces per question.
+    summaries: int = 1  # A, per budget; more of them only sharpen the estimate.
+    questions: int = -1  # At most so many per set; 0: all.
+    temperature: float = -1.0  # Sampling temperature.
+    seed: int = 0  # Decides every sampled token, and the bootstrap.
+    engine: Literal["", "plain", "vllm"] = ""  # Sampling by transformers or by vLLM.
+    prompt_template: str = ""  # The user message, with {question}.
+    system_prompt: str = ""  # The system message.
+    chat_template_args: tuple[str, ...] = ()  # Of the chat template, as name=value.
+    max_prompt_tokens: int = 0  # Longer prompts are dropped, with a count.
+    question_field: str = "problem"  # Column of the question in files.
+    answer_field: str = "answer"  # Column of the ground truth in files.
+    reward: str = ""  # "math", or module:function, as in training.
+    chunk: int = 0  # Questions between two writes of the records; 0: automatic.
     # Where the results go; default: evaluation/ beside the first model.
     output_dir: str = ""
 
@@ -419,14 +525,25 @@ def evaluation_config(a: Evaluation) -> Config:
     for name in ("samples", "questions", "temperature", "seed", "chunk"):
         if getattr(a, name) < 0 and getattr(a, name) != getattr(Evaluation, name):
             raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
-    given = {"eval_budgets": a.budgets, "eval_data": a.data, "eval_samples": a.samples,
-             "engine": a.engine, "prompt_template": a.prompt_template,
-             "system_prompt": a.system_prompt, "chat_template_args": a.chat_template_args,
-             "reward": a.reward, "max_prompt_tokens": a.max_prompt_tokens}
+    given = {
+        "eval_budgets": a.budgets,
+        "eval_data": a.data,
+        "eval_samples": a.samples,
+        "engine": a.engine,
+        "prompt_template": a.prompt_template,
+        "system_prompt": a.system_prompt,
+        "chat_template_args": a.chat_template_args,
+        "reward": a.reward,
+        "max_prompt_tokens": a.max_prompt_tokens,
+    }
     given = {name: value for name, value in given.items() if value}
     if a.questions != Evaluation.questions:
         given["eval_questions"] = a.questions
     if a.temperature != Evaluation.temperature:
         given["eval_temperature"] = a.temperature
-    return replace(Config(**{**PRESETS[a.preset], **FINAL_TABLES[a.preset], **given}), seed=a.seed,
-                   question_field=a.question_field, answer_field=a.answer_field)
+    return replace(
+        Config(**{**PRESETS[a.preset], **FINAL_TABLES[a.preset], **given}),
+        seed=a.seed,
+        question_field=a.question_field,
+        answer_field=a.answer_field,
+    )

@@ -38,10 +38,15 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     scores = [s.score if s.score % 1 else int(s.score) for s in r.summaries]
     is_first = r.question.index == r.sample == 0
     first = {"example": readable(r, budgets, tokenizer)} if is_first else {}
-    return {"question": r.question.index, "sample": r.sample, "finish": r.finish,
-            "thinking_tokens": len(r.thinking),
-            "summary_tokens": sum(len(s.tokens) for s in r.summaries) / len(r.summaries),
-            "scores": [scores[i:i + draws] for i in range(0, len(scores), draws)], **first}
+    return {
+        "question": r.question.index,
+        "sample": r.sample,
+        "finish": r.finish,
+        "thinking_tokens": len(r.thinking),
+        "summary_tokens": sum(len(s.tokens) for s in r.summaries) / len(r.summaries),
+        "scores": [scores[i : i + draws] for i in range(0, len(scores), draws)],
+        **first,
+    }
 
 
 def fingerprint(model: str, reward: str, *settings) -> str:
@@ -63,44 +68,64 @@ def write_records(place: Path, records: list[dict]):
     rundir.write(place / f"from-question-{first:06d}.json", json.dumps(records))
 
 
-def curve_of(records: dict[str, list[dict]], budgets: tuple[int, ...], samples: int,
-             temperature: float, seed: int) -> dict:
+def curve_of(
+    records: dict[str, list[dict]],
+    budgets: tuple[int, ...],
+    samples: int,
+    temperature: float,
+    seed: int,
+) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of) for name, of in records.items()}
-    return {"budgets": list(budgets), **summarise(columns, budgets, seed),
-            "samples": samples, "temperature": temperature, "seed": seed,
-            "variance": variance_figure(records, budgets, temperature),
-            "example": next(iter(records.values()))[0]["example"]}
+    return {
+        "budgets": list(budgets),
+        **summarise(columns, budgets, seed),
+        "samples": samples,
+        "temperature": temperature,
+        "seed": seed,
+        "variance": variance_figure(records, budgets, temperature),
+        "example": next(iter(records.values()))[0]["example"],
+    }
 
 
 def per_question(records: list[dict]) -> np.ndarray:
     """Means over the samples of each question: accuracy at M budgets, then COLUMNS. [B, M + 4].
 
-        overthinking = share of traces with max_k r_k > r_M        right earlier, wrong at the end
+    overthinking = share of traces with max_k r_k > r_M        right earlier, wrong at the end
     """
     by_question = {}
     for r in records:
         rewards = [sum(scores) / len(scores) for scores in r["scores"]]
         by_question.setdefault(r["question"], []).append(
-            [*rewards, r["thinking_tokens"], r["finish"] == "closed",
-             max(rewards) > rewards[-1], r["summary_tokens"]])
+            [
+                *rewards,
+                r["thinking_tokens"],
+                r["finish"] == "closed",
+                max(rewards) > rewards[-1],
+                r["summary_tokens"],
+            ]
+        )
     return np.array([np.mean(by_question[q], axis=0) for q in sorted(by_question)])
 
 
 def statistics_of(means: np.ndarray, budgets: tuple[int, ...]) -> dict[str, np.ndarray]:
     """The curve and its summary numbers, from means over questions. [..., M + 4] -> {name: [...]}.
 
-        anytime_accuracy = (1/M) Σ_j accuracy_j        final_accuracy = accuracy_M
+    anytime_accuracy = (1/M) Σ_j accuracy_j        final_accuracy = accuracy_M
     """
-    accuracy = means[..., :len(budgets)]
-    return {"accuracy": accuracy, "anytime_accuracy": accuracy.mean(-1),
-            "final_accuracy": accuracy[..., -1],
-            "tokens_to_90": tokens_to_share(accuracy, budgets),
-            **{name: means[..., len(budgets) + i] for i, name in enumerate(COLUMNS)}}
+    accuracy = means[..., : len(budgets)]
+    return {
+        "accuracy": accuracy,
+        "anytime_accuracy": accuracy.mean(-1),
+        "final_accuracy": accuracy[..., -1],
+        "tokens_to_90": tokens_to_share(accuracy, budgets),
+        **{name: means[..., len(budgets) + i] for i, name in enumerate(COLUMNS)},
+    }
 
 
-def tokens_to_share(accuracy: np.ndarray, budgets: tuple[int, ...],
-                    share: float = SHARE) -> np.ndarray:
+def tokens_to_share(
+    accuracy: np.ndarray, budgets: tuple[int, ...], share: float = SHARE
+) -> np.ndarray:
     """The least budget that reaches a share of the final accuracy, in tokens.
 
         min{ b : accuracy(b) ≥ share · accuracy_M }
@@ -110,10 +135,10 @@ def tokens_to_share(accuracy: np.ndarray, budgets: tuple[int, ...],
     """
     b = np.array(budgets, dtype=float)
     target = share * accuracy[..., -1:]
-    j = (accuracy >= target).argmax(-1)[..., None]                  # the first budget that does
+    j = (accuracy >= target).argmax(-1)[..., None]  # the first budget that does
     before = np.maximum(j - 1, 0)
     high, low = (np.take_along_axis(accuracy, i, -1) for i in (j, before))
-    rise = np.where(high > low, high - low, 1.0)                    # 0 only at j = 0
+    rise = np.where(high > low, high - low, 1.0)  # 0 only at j = 0
     tokens = b[before] + (b[j] - b[before]) * np.where(j > 0, (target - low) / rise, 0.0)
     return np.where(target > 0, tokens, np.nan)[..., 0]
 
@@ -140,30 +165,49 @@ def summarise(sets: dict[str, np.ndarray], budgets: tuple[int, ...], seed: int) 
     def described(mean, drawn):
         values, spread = statistics_of(mean, budgets), statistics_of(drawn, budgets)
         errors = {name: _spread(x).tolist() for name, x in spread.items()}
-        return {**{name: x.tolist() for name, x in values.items()},
-                "stderr": errors.pop("accuracy"), "errors": errors}
+        return {
+            **{name: x.tolist() for name, x in values.items()},
+            "stderr": errors.pop("accuracy"),
+            "errors": errors,
+        }
 
-    return rundir.without_nan({
-        **described(np.mean(means, axis=0), np.mean(draws, axis=0)),
-        "sets": {name: {**described(mean, drawn), "questions": len(columns)}
-                 for (name, columns), mean, drawn in zip(sets.items(), means, draws)}})
+    return rundir.without_nan(
+        {
+            **described(np.mean(means, axis=0), np.mean(draws, axis=0)),
+            "sets": {
+                name: {**described(mean, drawn), "questions": len(columns)}
+                for (name, columns), mean, drawn in zip(sets.items(), means, draws)
+            },
+        }
+    )
 
 
-def paired_differences(first: dict[str, np.ndarray], second: dict[str, np.ndarray],
-                       budgets: tuple[int, ...], seed: int) -> dict:
+def paired_differences(
+    first: dict[str, np.ndarray], second: dict[str, np.ndarray], budgets: tuple[int, ...], seed: int
+) -> dict:
     """second - first on the same questions, with paired bootstrap standard errors.
 
     {"mean" or a set: {statistic: {"difference": x, "stderr": s}}}
     """
     # Row 0 of each [1 + RESAMPLES, K] holds the means, the others the resampled ones.
-    rows = {name: [np.concatenate([model[name].mean(0)[None], resample(model[name], seed, number)])
-                   for model in (first, second)] for number, name in enumerate(first)}
+    rows = {
+        name: [
+            np.concatenate([model[name].mean(0)[None], resample(model[name], seed, number)])
+            for model in (first, second)
+        ]
+        for number, name in enumerate(first)
+    }
     rows = {"mean": [np.mean(side, axis=0) for side in zip(*rows.values())], **rows}
     out = {}
     for name, sides in rows.items():
         a, b = (statistics_of(side, budgets) for side in sides)
-        out[name] = {k: {"difference": (b[k] - a[k])[0].tolist(),
-                         "stderr": _spread((b[k] - a[k])[1:]).tolist()} for k in a}
+        out[name] = {
+            k: {
+                "difference": (b[k] - a[k])[0].tolist(),
+                "stderr": _spread((b[k] - a[k])[1:]).tolist(),
+            }
+            for k in a
+        }
     return rundir.without_nan(out)
 
 
@@ -176,8 +220,9 @@ def _spread(drawn: np.ndarray) -> np.ndarray:
     return np.where(exists.any(0), spread, np.nan)
 
 
-def variance_figure(sets: dict[str, list[dict]], budgets: tuple[int, ...], temperature: float,
-                    group: int = 8) -> dict | None:
+def variance_figure(
+    sets: dict[str, list[dict]], budgets: tuple[int, ...], temperature: float, group: int = 8
+) -> dict | None:
     """The paper's variance figure, on evaluation data: Var[R-V]/Var[R] and Corr[V, R] per segment.
 
     As in the authors' code: a uniform prior over 4 even budgets whatever the training's prior; the
@@ -196,18 +241,28 @@ def variance_figure(sets: dict[str, list[dict]], budgets: tuple[int, ...], tempe
     for name, records in sets.items():
         samples = 1 + max(r["sample"] for r in records)
         g = min(group, samples)
-        kept = sorted((r for r in records if r["sample"] < samples // g * g),
-                      key=lambda r: (r["question"], r["sample"]))
+        kept = sorted(
+            (r for r in records if r["sample"] < samples // g * g),
+            key=lambda r: (r["question"], r["sample"]),
+        )
         scores = torch.tensor([[r["scores"][j] for j in at] for r in kept], dtype=torch.float64)
-        rewards = mean_rewards(scores).unflatten(0, (-1, g))                    # [B·S/G, G, 4]
+        rewards = mean_rewards(scores).unflatten(0, (-1, g))  # [B·S/G, G, 4]
         returns = cumulative_returns(rewards, probs)
         lengths = torch.tensor([r["thinking_tokens"] for r in kept]).unflatten(0, (-1, g))
-        out[name] = brpo.variance_diagnostics(rewards, returns, quarters, probs,
-                                              thinking_lengths=lengths)
+        out[name] = brpo.variance_diagnostics(
+            rewards, returns, quarters, probs, thinking_lengths=lengths
+        )
     names = list(next(iter(out.values())))
     mean = {k: torch.stack([o[k] for o in out.values()]).nanmean(0).tolist() for k in names}
     same = (temperature, g, scores.shape[-1], budgets[-1]) == (0.6, 8, 4, 8000)
-    return rundir.without_nan({
-        "budgets": quarters, "temperature": temperature, "G": g, "A": scores.shape[-1],
-        "paper": "last segment: brpo 0.33-0.45, group 0.61-0.82" if same else None,
-        **mean, "sets": {n: {k: v.tolist() for k, v in o.items()} for n, o in out.items()}})
+    return rundir.without_nan(
+        {
+            "budgets": quarters,
+            "temperature": temperature,
+            "G": g,
+            "A": scores.shape[-1],
+            "paper": "last segment: brpo 0.33-0.45, group 0.61-0.82" if same else None,
+            **mean,
+            "sets": {n: {k: v.tolist() for k, v in o.items()} for n, o in out.items()},
+        }
+    )

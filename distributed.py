@@ -29,9 +29,9 @@ from torch.distributed.fsdp import (
 
 from packing import token_logprobs
 
-STOPPED = 143               # exit code after SIGTERM, as shells report it
-COLLECTIVE_MINUTES = 30     # how long processes wait for one another before they give up
-FEW_PARAMETERS = 1_000_000      # below this, one CPU thread
+STOPPED = 143  # exit code after SIGTERM, as shells report it
+COLLECTIVE_MINUTES = 30  # how long processes wait for one another before they give up
+FEW_PARAMETERS = 1_000_000  # below this, one CPU thread
 
 
 def main(run: Callable):
@@ -45,11 +45,11 @@ def main(run: Callable):
         run()
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException:       # torch's checkpoints raise one that is no Exception
+    except BaseException:  # torch's checkpoints raise one that is no Exception
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)         # a normal exit may first wait for the others, who wait for this one
+        os._exit(1)  # a normal exit may first wait for the others, who wait for this one
 
 
 def report_standstill(minutes: float = 10.0):
@@ -65,12 +65,18 @@ def report_standstill(minutes: float = 10.0):
         still, before = (still + 1 if now == before else 0), now
         if still and still % 10 == 0:
             here = os.path.dirname(os.path.abspath(__file__))
-            ours = [f"{f.f_code.co_name} ({os.path.basename(f.f_code.co_filename)}:{line})"
-                    for f, line in stack if os.path.dirname(f.f_code.co_filename) == here]
-            print(f"WARNING process {rank()} of {world_size()} on {socket.gethostname()} has stood "
-                  f"still for {still * minutes / 10:.3g} min in {' < '.join(ours)}",
-                  file=sys.stderr, flush=True)
-        del stack           # frames keep their tensors alive
+            ours = [
+                f"{f.f_code.co_name} ({os.path.basename(f.f_code.co_filename)}:{line})"
+                for f, line in stack
+                if os.path.dirname(f.f_code.co_filename) == here
+            ]
+            print(
+                f"WARNING process {rank()} of {world_size()} on {socket.gethostname()} has stood "
+                f"still for {still * minutes / 10:.3g} min in {' < '.join(ours)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        del stack  # frames keep their tensors alive
 
 
 def rank() -> int:
@@ -109,7 +115,7 @@ def together():
         raise ValueError(problems[0])
 
 
-_asked_to_stop: list[float] = []        # when SIGTERM came
+_asked_to_stop: list[float] = []  # when SIGTERM came
 
 
 def note_sigterm():
@@ -117,6 +123,7 @@ def note_sigterm():
 
     torchrun passes on the signal that its whole group got already: within 5 s it is the same one.
     """
+
     def note(*_):
         if _asked_to_stop and time.monotonic() - _asked_to_stop[0] > 5:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -143,11 +150,14 @@ def check_machine(preset: str):
     """ValueError where this machine cannot run the preset as it was started."""
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and here > gpus:
-        raise ValueError(f"{here} processes on a machine with {gpus} GPU(s): start with "
-                         f"--nproc_per_node {gpus}")
+        raise ValueError(
+            f"{here} processes on a machine with {gpus} GPU(s): start with --nproc_per_node {gpus}"
+        )
     if not gpus and preset != "miniature":
-        raise ValueError(f"--preset {preset} needs GPUs and none is visible: check "
-                         "CUDA_VISIBLE_DEVICES and the driver, or run the miniature")
+        raise ValueError(
+            f"--preset {preset} needs GPUs and none is visible: check "
+            "CUDA_VISIBLE_DEVICES and the driver, or run the miniature"
+        )
 
 
 def start() -> torch.device:
@@ -160,7 +170,7 @@ def start() -> torch.device:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:     # a world of one: any free port
+    if "MASTER_PORT" not in os.environ:  # a world of one: any free port
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(s.getsockname()[1])
@@ -174,9 +184,13 @@ def start() -> torch.device:
         starts = store.add(f"starts-{rank()}", 1)
         store = dist.PrefixStore(f"start-{starts}", store)
         # One process may sample or verify longer than the others, but not by so much.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank(),
-                                world_size=world_size(),
-                                timeout=timedelta(minutes=COLLECTIVE_MINUTES))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=store,
+            rank=rank(),
+            world_size=world_size(),
+            timeout=timedelta(minutes=COLLECTIVE_MINUTES),
+        )
     return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
 
 
@@ -198,7 +212,7 @@ def barrier():
 
 def share(items: list, group_size: int = 1) -> list:
     """This process's part of `items`; the same for all processes of a tensor-parallel group."""
-    return items[rank() // group_size::world_size() // group_size]
+    return items[rank() // group_size :: world_size() // group_size]
 
 
 def gather(items: list, group_size: int = 1) -> list:
@@ -245,7 +259,7 @@ def limit_threads(model_path: str):
     unless it is set)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):      # counts without memory
+    with torch.device("meta"):  # counts without memory
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config)
     if model.num_parameters() < FEW_PARAMETERS:
@@ -262,8 +276,11 @@ def load_policy(model_path: str, device: torch.device):
 
     gpu = device.type == "cuda"
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=torch.float32, trust_remote_code=False,
-        attn_implementation="flex_attention" if gpu else "sdpa")
+        model_path,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        attn_implementation="flex_attention" if gpu else "sdpa",
+    )
     model.to(device)
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     model.dtype_on_disk = config.dtype or torch.float32
@@ -278,7 +295,7 @@ def make_trainable(model, gpu: bool, mesh=None):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     model.token_logprobs = MethodType(token_logprobs, model)
-    if world_size() > 1 or gpu:     # on one GPU for the mixed precision
+    if world_size() > 1 or gpu:  # on one GPU for the mixed precision
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         precision = MixedPrecisionPolicy(**(half if gpu else {}))
         for layer in model.get_decoder().layers:

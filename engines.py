@@ -31,30 +31,38 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
-    stop: tuple[int, ...]       # generation ends with (and returns) any of these
+    stop: tuple[int, ...]  # generation ends with (and returns) any of these
     seed: int
     temperature: float
-    stream: bool = False        # report tokens as they come, if the engine can
-    follows: str = ""           # the streamed request that `prompt` begins with, prompt and tokens
+    stream: bool = False  # report tokens as they come, if the engine can
+    follows: str = ""  # the streamed request that `prompt` begins with, prompt and tokens
 
 
 @dataclass
 class Output:
     id: str
-    tokens: list[int]           # new since the last Output of this request
-    logp: list[float]           # the sampler's log π of these tokens, at the request's temperature
+    tokens: list[int]  # new since the last Output of this request
+    logp: list[float]  # the sampler's log π of these tokens, at the request's temperature
     finished: bool
 
 
 def require_engine(kind: str):
     """ValueError where the engine cannot be made on this machine."""
     if kind == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--engine vllm, but vLLM is not installed: "
-                         "pip install -r requirements-gpu.txt, or use --engine plain")
+        raise ValueError(
+            "--engine vllm, but vLLM is not installed: "
+            "pip install -r requirements-gpu.txt, or use --engine plain"
+        )
 
 
-def make_engine(kind: str, model_path: str, device: torch.device, max_length: int,
-                tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0):
+def make_engine(
+    kind: str,
+    model_path: str,
+    device: torch.device,
+    max_length: int,
+    tensor_parallel_size: int = 1,
+    kv_cache_gb: float = 1.0,
+):
     """The engine by name, "plain" or "vllm". max_length: longest sequence in tokens, with
     prompt."""
     if kind == "plain":
@@ -71,19 +79,25 @@ def make_engine(kind: str, model_path: str, device: torch.device, max_length: in
 class PlainEngine:
     """Batched sampling with a KV cache. Its own copy of the model, in `dtype` on `device`."""
 
-    def __init__(self, model_path: str, device: str | torch.device = "cpu",
-                 dtype: torch.dtype = torch.float32, max_batch: int = 1024,
-                 max_batch_tokens: int = 2**17):
+    def __init__(
+        self,
+        model_path: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_batch: int = 1024,
+        max_batch_tokens: int = 2**17,
+    ):
         """`max_batch_tokens`: of one batch, every sequence at its longest; bounds the KV cache
         (2**17 tokens of a 1.5B Qwen2 in bfloat16: 3.8 GB, twice that while it is copied)."""
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+            model_path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.max_batch, self.max_batch_tokens = device, max_batch, max_batch_tokens
         self.waiting: list[Request] = []
-        self.running: list = []             # batches begun, where one_token_steps
+        self.running: list = []  # batches begun, where one_token_steps
         # Of the streamed requests of the last step, by id: tokens, and their keys and values.
         self.kept: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
         # True: step() samples one token of each running batch, for who wants to watch.
@@ -98,7 +112,8 @@ class PlainEngine:
 
     def step(self) -> list[Output]:
         """Sample all that waits to its end, in batches of like prompt lengths (less padding)."""
-        def order(r):       # what has its prefix known apart: only its last tokens are prefilled
+
+        def order(r):  # what has its prefix known apart: only its last tokens are prefilled
             return r.follows in known, len(r.prompt), r.id
 
         known, self.kept = self.kept, {}
@@ -140,14 +155,14 @@ class PlainEngine:
         uniform = torch.stack([uniforms(r.seed, longest) for r in batch]).to(self.device)
         temperature = torch.tensor([[r.temperature] for r in batch], device=self.device)
         stop = [set(r.stop) for r in batch]
-        fed = [list(r.prompt) for r in batch]       # the tokens whose keys are in the cache
-        alive = list(range(len(batch)))             # batch rows still in the tensors, in order
+        fed = [list(r.prompt) for r in batch]  # the tokens whose keys are in the cache
+        alive = list(range(len(batch)))  # batch rows still in the tensors, in order
         for t in range(longest):
             tokens, logp = sample_tokens(logits, temperature, uniform[:, t])
             running, new = [], []
             for row, (i, token, value) in enumerate(zip(alive, tokens.tolist(), logp.tolist())):
                 if i < 0:
-                    continue                        # finished earlier, not yet removed
+                    continue  # finished earlier, not yet removed
                 over = token in stop[i] or t + 1 >= batch[i].max_tokens
                 new.append(Output(batch[i].id, [token], [value], over))
                 if over:
@@ -160,7 +175,7 @@ class PlainEngine:
             yield new
             if not running:
                 break
-            if len(running) < 0.75 * len(alive):    # copying the cache costs: not at every token
+            if len(running) < 0.75 * len(alive):  # copying the cache costs: not at every token
                 keep = torch.tensor(running, device=self.device)
                 cache.batch_select_indices(keep)
                 tokens, seen, position = tokens[keep], seen[keep], position[keep]
@@ -168,8 +183,13 @@ class PlainEngine:
                 alive = [alive[row] for row in running]
             position = position + 1
             seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
-            out = self.model(input_ids=tokens[:, None], attention_mask=seen, position_ids=position,
-                             past_key_values=cache, use_cache=True)
+            out = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=seen,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            )
             logits = out.logits[:, -1]
 
     def _keep(self, name: str, tokens: list[int], cache, row: int):
@@ -178,11 +198,11 @@ class PlainEngine:
         from transformers.cache_utils import DynamicLayer
 
         used = sum(len(kept) for kept, _ in self.kept.values())
-        whole = all(type(layer) is DynamicLayer for layer in cache.layers)      # no sliding window
+        whole = all(type(layer) is DynamicLayer for layer in cache.layers)  # no sliding window
         if whole and used + len(tokens) < self.max_batch_tokens:
             pairs = [(layer.keys, layer.values) for layer in cache.layers]
             # The row's tokens stand together at the end, all appended since the prefill.
-            own = [torch.stack([x[row, :, -len(tokens):] for x in pair]) for pair in pairs]
+            own = [torch.stack([x[row, :, -len(tokens) :] for x in pair]) for pair in pairs]
             self.kept[name] = tuple(tokens), torch.stack(own)
 
     def _prefill(self, batch: list[Request], known: dict):
@@ -196,13 +216,20 @@ class PlainEngine:
         owner = torch.tensor([index[r.prompt] for r in batch], device=self.device)
         # Reused: what the prompt has in common with a known sequence, but for its last token, whose
         # logits are wanted. The rest is computed. Both are padded at the left.
-        reused = [common_prefix(prompt[:-1], known[name][0] if name in known else ())
-                  for prompt, name in distinct.items()]
+        reused = [
+            common_prefix(prompt[:-1], known[name][0] if name in known else ())
+            for prompt, name in distinct.items()
+        ]
         rest = [prompt[n:] for prompt, n in zip(distinct, reused)]
         past, width = max(reused), max(map(len, rest))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in rest], device=self.device)
-        seen = torch.tensor([[0] * (past - n) + [1] * n + [0] * (width - len(p)) + [1] * len(p)
-                             for n, p in zip(reused, rest)], device=self.device)
+        seen = torch.tensor(
+            [
+                [0] * (past - n) + [1] * n + [0] * (width - len(p)) + [1] * len(p)
+                for n, p in zip(reused, rest)
+            ],
+            device=self.device,
+        )
         position = (seen.cumsum(-1) - 1).clamp_min(0)
         cache = DynamicCache(config=self.model.config)
         if past:
@@ -211,11 +238,17 @@ class PlainEngine:
             old = kept.new_zeros(len(distinct), layers, pair, heads, past, size)
             for row, (name, n) in enumerate(zip(distinct.values(), reused)):
                 if n:
-                    old[row, ..., past - n:, :] = known[name][1][..., :n, :]
+                    old[row, ..., past - n :, :] = known[name][1][..., :n, :]
             for layer in range(layers):
                 cache.update(old[:, layer, 0], old[:, layer, 1], layer)
-        out = self.model(input_ids=ids, attention_mask=seen, position_ids=position[:, past:],
-                         past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=position[:, past:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache.batch_select_indices(owner)
         return out.logits[owner, -1], cache, seen[owner], position[owner, -1:]
 
@@ -225,7 +258,7 @@ class PlainEngine:
         own = self.model.state_dict()
         for name, tensor in weights:
             own.pop(name).copy_(tensor)
-        self.kept = {}          # the old policy's
+        self.kept = {}  # the old policy's
         if own:
             raise RuntimeError(f"weights never synced: {sorted(own)[:5]}")
         self.version = version
@@ -279,14 +312,23 @@ class VllmEngine:
     the same order and stay in step by that alone.
     """
 
-    def __init__(self, model_path: str, device: torch.device, max_length: int,
-                 tensor_parallel_size: int = 1, kv_cache_gb: float = 1.0, slots: int = 512):
+    def __init__(
+        self,
+        model_path: str,
+        device: torch.device,
+        max_length: int,
+        tensor_parallel_size: int = 1,
+        kv_cache_gb: float = 1.0,
+        slots: int = 512,
+    ):
         """`slots`: requests that run at a time (vLLM's default for this use, 128, is a
         server's)."""
         if not torch.distributed.is_initialized():
             # vLLM would make a group of its own, of one process, and all would sample on GPU 0.
-            raise RuntimeError("VllmEngine joins the processes that exist: call "
-                               "distributed.start() before building it")
+            raise RuntimeError(
+                "VllmEngine joins the processes that exist: call "
+                "distributed.start() before building it"
+            )
         on_gpu = device.type == "cuda"
         # Before vLLM is imported, which is heavy and optional: hence here and not on top. Its
         # background process would be out of our reach (and vLLM refuses it under torchrun).
@@ -301,20 +343,30 @@ class VllmEngine:
         # compilation; and a prompt split over two steps crashes when its request has a seed ("CPU
         # Generator does not use offset").
         on_cpu = {"block_size": 32, "enforce_eager": True, "enable_chunked_prefill": False}
-        self.engine = LLMEngine.from_engine_args(EngineArgs(
-            model=model_path, dtype="bfloat16" if on_gpu else "float32", skip_tokenizer_init=True,
-            use_tqdm_on_load=False, disable_log_stats=True, max_model_len=max_length,
-            max_num_seqs=slots, max_num_batched_tokens=max(8192, max_length),
-            # external_launcher: torchrun started the processes, vLLM joins them.
-            tensor_parallel_size=tensor_parallel_size,
-            distributed_executor_backend="external_launcher",
-            # A fixed cache leaves the other memory to training; the share is a check at the start.
-            kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.5,
-            # processed: log π at the sampling temperature, which the trainer's ratio needs.
-            logprobs_mode="processed_logprobs", enable_prefix_caching=True,
-            seed=torch.distributed.get_rank() // tensor_parallel_size,
-            **({} if on_gpu else on_cpu)))
-        with torch.device("meta"):      # names only: no memory, no numbers
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=model_path,
+                dtype="bfloat16" if on_gpu else "float32",
+                skip_tokenizer_init=True,
+                use_tqdm_on_load=False,
+                disable_log_stats=True,
+                max_model_len=max_length,
+                max_num_seqs=slots,
+                max_num_batched_tokens=max(8192, max_length),
+                # external_launcher: torchrun started the processes, vLLM joins them.
+                tensor_parallel_size=tensor_parallel_size,
+                distributed_executor_backend="external_launcher",
+                # A fixed cache leaves the other memory to training; the share is only checked.
+                kv_cache_memory_bytes=int(kv_cache_gb * 2**30),
+                gpu_memory_utilization=0.5,
+                # processed: log π at the sampling temperature, which the trainer's ratio needs.
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                seed=torch.distributed.get_rank() // tensor_parallel_size,
+                **({} if on_gpu else on_cpu),
+            )
+        )
+        with torch.device("meta"):  # names only: no memory, no numbers
             config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         self.names = set(model.state_dict())
@@ -326,15 +378,25 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
-        self.engine.add_request(request.id, tokens_input(list(request.prompt)), SamplingParams(
-            # No top-p, top-k or penalties: they renormalise, and the sampler's log-probs would not
-            # be the policy's.
-            temperature=request.temperature, max_tokens=request.max_tokens, output_kind=kind,
-            # Without a seed vLLM draws from the trainer's generator, another one on each process.
-            seed=request.seed,
-            # The request's own stops alone decide; vLLM returns the stop token with the rest.
-            stop_token_ids=list(request.stop), ignore_eos=True, detokenize=False,
-            logprobs=0, flat_logprobs=True))    # of the sampled token alone
+        self.engine.add_request(
+            request.id,
+            tokens_input(list(request.prompt)),
+            SamplingParams(
+                # No top-p, top-k or penalties: they renormalise, and the sampler's log-probs would
+                # not be the policy's.
+                temperature=request.temperature,
+                max_tokens=request.max_tokens,
+                output_kind=kind,
+                # Without a seed vLLM draws from the trainer's generator, one per process.
+                seed=request.seed,
+                # The request's own stops alone decide; vLLM returns the stop token with the rest.
+                stop_token_ids=list(request.stop),
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=0,
+                flat_logprobs=True,
+            ),
+        )  # of the sampled token alone
 
     def has_work(self) -> bool:
         return self.engine.has_unfinished_requests()
@@ -355,9 +417,11 @@ class VllmEngine:
         part of them would leave layers half done, without an error.
         """
         if self.has_work():
-            raise RuntimeError("sync_weights while requests run: their next tokens would mix two "
-                               "policies. Step until has_work() is False")
-        self.engine.step()      # what vLLM scheduled ahead on a GPU, for requests that are over
+            raise RuntimeError(
+                "sync_weights while requests run: their next tokens would mix two "
+                "policies. Step until has_work() is False"
+            )
+        self.engine.step()  # what vLLM scheduled ahead on a GPU, for requests that are over
         missing = set(self.names)
 
         def passing_through():
@@ -366,17 +430,19 @@ class VllmEngine:
                 yield name, tensor
 
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": passing_through()})
-        if missing:     # vLLM only logs these
+        if missing:  # vLLM only logs these
             raise RuntimeError(f"weights never synced: {sorted(missing)[:5]}")
         # Cached keys and values are the old policy's; kept, they are served silently to prompts
         # seen before.
         if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM could not drop its prefix cache after a weight sync: "
-                               "old and new policy would mix")
+            raise RuntimeError(
+                "vLLM could not drop its prefix cache after a weight sync: "
+                "old and new policy would mix"
+            )
         self.version = version
 
     def close(self):
         """Shut down and free the memory. vLLM ends torch.distributed: nothing collective
         follows."""
-        torch.distributed.barrier()             # nobody leaves while another still samples
-        self.engine.engine_core.shutdown()      # LLMEngine itself has no shutdown
+        torch.distributed.barrier()  # nobody leaves while another still samples
+        self.engine.engine_core.shutdown()  # LLMEngine itself has no shutdown

@@ -29,28 +29,59 @@ from startup import prepare_evaluation
 from verifier import Verifier
 from watch import ask
 
-EVALUATION = 2**31      # where a random key has the training step, so that evaluations draw alike
-TRACES_PER_CHUNK = 2048     # per process, between two writes of the records
+EVALUATION = 2**31  # where a random key has the training step, so that evaluations draw alike
+TRACES_PER_CHUNK = 2048  # per process, between two writes of the records
 
 
-def anytime_curve(engine, sets: dict[str, list[Question]], budgets: tuple[int, ...], samples: int,
-                  protocol: Protocol, tokenizer, verifier: Verifier, temperature: float = 0.6,
-                  seed: int = 0, tensor_parallel_size: int = 1) -> dict:
+def anytime_curve(
+    engine,
+    sets: dict[str, list[Question]],
+    budgets: tuple[int, ...],
+    samples: int,
+    protocol: Protocol,
+    tokenizer,
+    verifier: Verifier,
+    temperature: float = 0.6,
+    seed: int = 0,
+    tensor_parallel_size: int = 1,
+) -> dict:
     """Accuracy at every budget, on every set; the same dict on all processes, which share the work.
 
         accuracy_j = mean over questions and samples of r(x, y_j), one summary per cut
 
     Over several sets, the mean of their means (the paper's average).
     """
-    records = sample_records(engine, sets, budgets, samples, protocol, tokenizer, verifier,
-                             temperature, seed, tensor_parallel_size)
+    records = sample_records(
+        engine,
+        sets,
+        budgets,
+        samples,
+        protocol,
+        tokenizer,
+        verifier,
+        temperature,
+        seed,
+        tensor_parallel_size,
+    )
     return curve_of(records, budgets, samples, temperature, seed)
 
 
-def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, ...], samples: int,
-                   protocol: Protocol, tokenizer, verifier: Verifier, temperature: float,
-                   seed: int, tensor_parallel_size: int = 1, summaries: int = 1,
-                   folder: Path | None = None, chunk: int = 0, label: str = "") -> dict:
+def sample_records(
+    engine,
+    sets: dict[str, list[Question]],
+    budgets: tuple[int, ...],
+    samples: int,
+    protocol: Protocol,
+    tokenizer,
+    verifier: Verifier,
+    temperature: float,
+    seed: int,
+    tensor_parallel_size: int = 1,
+    summaries: int = 1,
+    folder: Path | None = None,
+    chunk: int = 0,
+    label: str = "",
+) -> dict:
     """{set: records (curves.py), ordered by question and sample}, the same on all processes.
 
     With a `folder`, questions recorded there are not sampled again, and new ones are recorded there
@@ -61,11 +92,15 @@ def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, 
     samplers = distributed.world_size() // tensor_parallel_size
     chunk = chunk or max(1, TRACES_PER_CHUNK * samplers // samples)
     # tqdm's None: no bar where stderr is no terminal
-    bar = tqdm(total=sum(map(len, sets.values())) * samples * len(budgets) * summaries, desc=label,
-               unit=" summaries", disable=None if label and distributed.rank() == 0 else True)
+    bar = tqdm(
+        total=sum(map(len, sets.values())) * samples * len(budgets) * summaries,
+        desc=label,
+        unit=" summaries",
+        disable=None if label and distributed.rank() == 0 else True,
+    )
 
     def grade_and_count(rollout, summary):
-        bar.update(samplers)        # the others are about as far
+        bar.update(samplers)  # the others are about as far
         return grade(rollout, summary)
 
     out = {}
@@ -76,16 +111,26 @@ def sample_records(engine, sets: dict[str, list[Question]], budgets: tuple[int, 
         bar.update(len(records) * len(budgets) * summaries)
         left = [q for q in questions if q.index not in known]
         for start in range(0, len(left), chunk):
-            mine = distributed.share(left[start:start + chunk], tensor_parallel_size)
-            rollouts = sample_rollouts(engine, mine, budgets, samples, summaries, protocol,
-                                       temperature, (seed, EVALUATION, number), grade_and_count)
-            new = distributed.gather([record(r, budgets, tokenizer) for r in rollouts],
-                                     tensor_parallel_size)
+            mine = distributed.share(left[start : start + chunk], tensor_parallel_size)
+            rollouts = sample_rollouts(
+                engine,
+                mine,
+                budgets,
+                samples,
+                summaries,
+                protocol,
+                temperature,
+                (seed, EVALUATION, number),
+                grade_and_count,
+            )
+            new = distributed.gather(
+                [record(r, budgets, tokenizer) for r in rollouts], tensor_parallel_size
+            )
             if place and distributed.rank() == 0:
                 write_records(place, new)
             records += new
         out[name] = sorted(records, key=lambda r: (r["question"], r["sample"]))
-    bar.update(bar.total - bar.n)       # where a text was over, no summary was graded
+    bar.update(bar.total - bar.n)  # where a text was over, no summary was graded
     bar.close()
     return out
 
@@ -94,8 +139,11 @@ def main(args: list[str] | None = None):
     import tyro
 
     refuse_empty(args)
-    a = tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Evaluation), args=args,
-                 console_outputs=distributed.rank() == 0)
+    a = tyro.cli(
+        tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Evaluation),
+        args=args,
+        console_outputs=distributed.rank() == 0,
+    )
     with distributed.exit_on_bad_input():
         c = evaluation_config(a)
         opened = prepare_evaluation(a, c)
@@ -104,25 +152,55 @@ def main(args: list[str] | None = None):
         for model, (tokenizer, protocol, sets) in opened.items():
             # For each model: a vLLM engine ends the group of processes when it closes.
             device = distributed.start()
-            engine = make_engine(c.engine, model, device, c.longest_sequence,
-                                 kv_cache_gb=c.kv_cache_gb)
+            engine = make_engine(
+                c.engine, model, device, c.longest_sequence, kv_cache_gb=c.kv_cache_gb
+            )
             if a.ask:
                 if distributed.rank() == 0:
-                    ask(engine, sets[0], c.evaluation_budgets, protocol, tokenizer,
-                        c.eval_temperature, (c.seed, EVALUATION, 0), labels[model])
+                    ask(
+                        engine,
+                        sets[0],
+                        c.evaluation_budgets,
+                        protocol,
+                        tokenizer,
+                        c.eval_temperature,
+                        (c.seed, EVALUATION, 0),
+                        labels[model],
+                    )
                 engine.close()
                 continue
-            place = fingerprint(model, c.reward, device.type, c.engine, c.evaluation_budgets,
-                                c.eval_samples, a.summaries, c.eval_temperature, c.seed,
-                                asdict(protocol))
+            place = fingerprint(
+                model,
+                c.reward,
+                device.type,
+                c.engine,
+                c.evaluation_budgets,
+                c.eval_samples,
+                a.summaries,
+                c.eval_temperature,
+                c.seed,
+                asdict(protocol),
+            )
             folder = a.output / "records" / f"{labels[model].replace('/', '-')}-{place}"
             records[model] = sample_records(
-                engine, sets, c.evaluation_budgets, c.eval_samples, protocol, tokenizer, verifier,
-                c.eval_temperature, c.seed, summaries=a.summaries, folder=folder, chunk=a.chunk,
-                label=labels[model])
+                engine,
+                sets,
+                c.evaluation_budgets,
+                c.eval_samples,
+                protocol,
+                tokenizer,
+                verifier,
+                c.eval_temperature,
+                c.seed,
+                summaries=a.summaries,
+                folder=folder,
+                chunk=a.chunk,
+                label=labels[model],
+            )
             engine.close()
-            curves[model] = curve_of(records[model], c.evaluation_budgets, c.eval_samples,
-                                     c.eval_temperature, c.seed)
+            curves[model] = curve_of(
+                records[model], c.evaluation_budgets, c.eval_samples, c.eval_temperature, c.seed
+            )
     if distributed.rank() == 0 and not a.ask:
         write_results(a, c, labels, curves, records, opened)
     distributed.stop()

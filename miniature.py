@@ -29,12 +29,12 @@ import torch
 
 OPERATIONS = [f"+{n}" for n in range(1, 6)] + [f"-{n}" for n in range(1, 6)] + ["*3", "*7"]
 MIN_OPERATIONS, MAX_OPERATIONS = 2, 4
-ERROR_RATE = 0.35           # first pass: share of results written as a random digit
-REPAIR_RATE = 0.3           # later passes: how often a wrong step is put right, not repeated
-SPOIL_RATE = 0.01           # later passes: share of other results written as a random digit
-RAMBLE_RATE = (0.2, 1.0)    # how often filler follows a result; drawn per trace, uniformly
-AGAIN_RATE = 0.9            # how often another pass follows an answer
-LONGEST = 64                # thinking tokens of a supervised example at most
+ERROR_RATE = 0.35  # first pass: share of results written as a random digit
+REPAIR_RATE = 0.3  # later passes: how often a wrong step is put right, not repeated
+SPOIL_RATE = 0.01  # later passes: share of other results written as a random digit
+RAMBLE_RATE = (0.2, 1.0)  # how often filler follows a result; drawn per trace, uniformly
+AGAIN_RATE = 0.9  # how often another pass follows an answer
+LONGEST = 64  # thinking tokens of a supervised example at most
 FILLER = [" hmm", " let", " me", " see"]
 
 UNKNOWN, PAD, EOS, THINK, THINK_END = "<|unk|>", "<|pad|>", "<|end|>", "<think>", "</think>"
@@ -42,18 +42,40 @@ CUT, HEADER, BOX = "...\n\n...\n\n", "\n\n**Final Answer**\n", "\\boxed{"
 # Leading spaces belong to the tokens: decoding is plain concatenation, and `\boxed{5}` reaches the
 # verifier unbroken. A result is one token with its `=`, since it did not learn as two.
 VOCABULARY = [
-    UNKNOWN, PAD, EOS, THINK, THINK_END, CUT, HEADER, BOX, "}", " ?", " wait", *FILLER,
-    *(str(d) for d in range(10)), *(f" ={d}" for d in range(10)), *(f" so {d}." for d in range(10)),
-    *(f" {operation}" for operation in OPERATIONS)]
+    UNKNOWN,
+    PAD,
+    EOS,
+    THINK,
+    THINK_END,
+    CUT,
+    HEADER,
+    BOX,
+    "}",
+    " ?",
+    " wait",
+    *FILLER,
+    *(str(d) for d in range(10)),
+    *(f" ={d}" for d in range(10)),
+    *(f" so {d}." for d in range(10)),
+    *(f" {operation}" for operation in OPERATIONS),
+]
 
 # Two heads of 32, because vLLM's CPU attention refuses a head size of 16. Position range: prompt 7
 # + thinking 64 + summary 10, with room for longer budgets.
-MODEL = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-             intermediate_size=192, max_position_embeddings=256, tie_word_embeddings=True,
-             initializer_range=0.05)
-ROPE_THETA = 100.0          # sequences are short: slow rotations would hardly turn
-WARM_START = dict(steps=900, batch=40, lr=4e-3, betas=(0.9, 0.98), warmup=30, final_lr=0.05,
-                  clip=1.0)
+MODEL = dict(
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=192,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+    initializer_range=0.05,
+)
+ROPE_THETA = 100.0  # sequences are short: slow rotations would hardly turn
+WARM_START = dict(
+    steps=900, batch=40, lr=4e-3, betas=(0.9, 0.98), warmup=30, final_lr=0.05, clip=1.0
+)
 
 
 def apply(digit: int, operation: str) -> int:
@@ -89,14 +111,15 @@ def make_rows(split: str, count: int) -> list[tuple[str, str]]:
     return rows
 
 
-def one_pass(start: int, operations: list[str], before: list[int], ramble: float,
-             rng: random.Random) -> tuple[list[str], list[int]]:
+def one_pass(
+    start: int, operations: list[str], before: list[int], ramble: float, rng: random.Random
+) -> tuple[list[str], list[int]]:
     """(tokens, digits) of one walk along the chain. `before`: the last pass's digits, [] if
     none."""
     tokens, digits = [f" ={start}"], [start]
     for i, operation in enumerate(operations):
         right = digit = apply(digits[-1], operation)
-        if before and before[i] == digits[-1] and before[i + 1] != right:   # the same wrong step
+        if before and before[i] == digits[-1] and before[i + 1] != right:  # the same wrong step
             digit = right if rng.random() < REPAIR_RATE else before[i + 1]
         elif rng.random() < (SPOIL_RATE if before else ERROR_RATE):
             digit = rng.randrange(10)
@@ -133,7 +156,7 @@ def supervised_example(rng: random.Random) -> tuple[list[str], list[bool]]:
     prompt = [str(start), *(f" {operation}" for operation in operations), " ?", THINK]
     thinking, appended = sloppy_trace(start, operations, rng), [HEADER]
     if len(thinking) > LONGEST or rng.random() < 0.5:
-        thinking = thinking[:rng.randint(1, min(len(thinking) - 1, LONGEST))]
+        thinking = thinking[: rng.randint(1, min(len(thinking) - 1, LONGEST))]
         appended = [CUT, THINK_END, HEADER]
     summary = [BOX, known_answer(thinking), "}", EOS]
     trained = [False] * len(prompt) + [True] * len(thinking) + [False] * len(appended)
@@ -152,10 +175,16 @@ def make_tokenizer():
     core = Tokenizer(models.BPE({UNKNOWN: 0}, [], unk_token=UNKNOWN))
     core.add_tokens([AddedToken(token, normalized=False) for token in VOCABULARY])
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS,
-                                        unk_token=UNKNOWN, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = (
-        "{{ messages[0]['content'] }}{% if add_generation_prompt %}" + THINK + "{% endif %}")
+        "{{ messages[0]['content'] }}{% if add_generation_prompt %}" + THINK + "{% endif %}"
+    )
     return tokenizer
 
 
@@ -163,17 +192,38 @@ def make_model(**changes):
     """The tiny Qwen2, weights fresh from torch's generator; `changes` override entries of MODEL."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(VOCABULARY), pad_token_id=VOCABULARY.index(PAD), bos_token_id=None,
-        eos_token_id=VOCABULARY.index(EOS), attn_implementation="sdpa",
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA}, **(MODEL | changes)))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(VOCABULARY),
+            pad_token_id=VOCABULARY.index(PAD),
+            bos_token_id=None,
+            eos_token_id=VOCABULARY.index(EOS),
+            attn_implementation="sdpa",
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+            **(MODEL | changes),
+        )
+    )
 
 
 def base_path(root: Path, seed: int) -> Path:
     """Where the base of this seed is cached, named by a checksum of all settings that shape it."""
-    settings = [VOCABULARY, OPERATIONS, MIN_OPERATIONS, MAX_OPERATIONS, ERROR_RATE, REPAIR_RATE,
-                SPOIL_RATE, RAMBLE_RATE, AGAIN_RATE, LONGEST, MODEL, ROPE_THETA, WARM_START,
-                torch.__version__, seed]
+    settings = [
+        VOCABULARY,
+        OPERATIONS,
+        MIN_OPERATIONS,
+        MAX_OPERATIONS,
+        ERROR_RATE,
+        REPAIR_RATE,
+        SPOIL_RATE,
+        RAMBLE_RATE,
+        AGAIN_RATE,
+        LONGEST,
+        MODEL,
+        ROPE_THETA,
+        WARM_START,
+        torch.__version__,
+        seed,
+    ]
     checksum = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     return root / f"miniature-base-{checksum[:12]}"
 
@@ -187,7 +237,7 @@ def load_or_write_base(root: Path, seed: int) -> Path:
         _write_base(partial, seed)
         try:
             partial.rename(path)
-        except OSError:         # the other run was first
+        except OSError:  # the other run was first
             shutil.rmtree(partial)
     return path
 
@@ -211,10 +261,12 @@ def _write_base(path: Path, seed: int):
         examples = [supervised_example(rng) for _ in range(w["batch"])]
         width = max(len(tokens) for tokens, _ in examples)
         batch = torch.full((len(examples), width), ids[PAD])
-        labels = torch.full((len(examples), width), -100)       # -100: no loss here
+        labels = torch.full((len(examples), width), -100)  # -100: no loss here
         for row, (tokens, trained) in enumerate(examples):
-            batch[row, :len(tokens)] = torch.tensor([ids[t] for t in tokens])
-            labels[row, :len(tokens)] = batch[row, :len(tokens)].where(torch.tensor(trained), -100)
+            batch[row, : len(tokens)] = torch.tensor([ids[t] for t in tokens])
+            labels[row, : len(tokens)] = batch[row, : len(tokens)].where(
+                torch.tensor(trained), -100
+            )
         loss = model(input_ids=batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), w["clip"])

@@ -33,8 +33,8 @@ class Branch:
     cut: int
     appended: list[int]
     summary: list[int]
-    advantage: float = 0.0      # one number for every summary token
-    sampler_logp: list[float] = field(default_factory=list)     # per summary token; empty: unknown
+    advantage: float = 0.0  # one number for every summary token
+    sampler_logp: list[float] = field(default_factory=list)  # per summary token; empty: unknown
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Tree:
     prompt: list[int]
     thinking: list[int]
     branches: list[Branch]
-    advantages: list[float] = field(default_factory=list)       # per thinking token; empty: all 0
-    sampler_logp: list[float] = field(default_factory=list)     # per thinking token; empty: unknown
+    advantages: list[float] = field(default_factory=list)  # per thinking token; empty: all 0
+    sampler_logp: list[float] = field(default_factory=list)  # per thinking token; empty: unknown
 
     def __len__(self) -> int:
         branches = sum(len(b.appended) + len(b.summary) for b in self.branches)
@@ -56,22 +56,22 @@ class Tree:
 class Row:
     """A packed row; every tensor is [T]. Each trunk and each branch of the row has an id."""
 
-    input_ids: Tensor       # int64
-    position_ids: Tensor    # int64
-    branch: Tensor          # int64, id of the token's own branch (a trunk token: of its trunk)
-    trunk: Tensor           # int64, id of the trunk it hangs from (a trunk token: of its own)
-    trunk_end: Tensor       # int64, row index before which that trunk is visible to it
-    previous: Tensor        # int64, row index whose hidden state predicts this token
-    trained: Tensor         # bool, written by the policy: carries loss
-    advantages: Tensor      # float32, 0 where not trained
-    sampler_logp: Tensor    # float32, nan where unknown
+    input_ids: Tensor  # int64
+    position_ids: Tensor  # int64
+    branch: Tensor  # int64, id of the token's own branch (a trunk token: of its trunk)
+    trunk: Tensor  # int64, id of the trunk it hangs from (a trunk token: of its own)
+    trunk_end: Tensor  # int64, row index before which that trunk is visible to it
+    previous: Tensor  # int64, row index whose hidden state predicts this token
+    trained: Tensor  # bool, written by the policy: carries loss
+    advantages: Tensor  # float32, 0 where not trained
+    sampler_logp: Tensor  # float32, nan where unknown
 
     def to(self, device) -> "Row":
         return Row(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 
     @cached_property
     def block_mask(self):
-        return flex_mask(self)      # built once, however many forwards the row goes through
+        return flex_mask(self)  # built once, however many forwards the row goes through
 
 
 def pack(trees: list[Tree], multiple: int = 1) -> Row:
@@ -83,8 +83,17 @@ def pack(trees: list[Tree], multiple: int = 1) -> Row:
     columns = {name: [] for name in Row.__dataclass_fields__}
     ids, new_id = columns["input_ids"], count()
 
-    def add(tokens, position, branch, trunk, trunk_end, previous,
-            trained=False, advantages=(), sampler_logp=()):
+    def add(
+        tokens,
+        position,
+        branch,
+        trunk,
+        trunk_end,
+        previous,
+        trained=False,
+        advantages=(),
+        sampler_logp=(),
+    ):
         start, n = len(ids), len(tokens)
         ids.extend(tokens)
         columns["position_ids"].extend(range(position, position + n))
@@ -101,27 +110,50 @@ def pack(trees: list[Tree], multiple: int = 1) -> Row:
         first_thinking = start + len(tree.prompt)
         # The first prompt token has no predecessor; it is never trained, so any index will do.
         add(tree.prompt, 0, trunk, trunk, start, start)
-        add(tree.thinking, len(tree.prompt), trunk, trunk, start, first_thinking - 1,
-            True, tree.advantages, tree.sampler_logp)
+        add(
+            tree.thinking,
+            len(tree.prompt),
+            trunk,
+            trunk,
+            start,
+            first_thinking - 1,
+            True,
+            tree.advantages,
+            tree.sampler_logp,
+        )
         for b in tree.branches:
             if not 0 <= b.cut <= len(tree.thinking):
-                raise ValueError(f"a branch is cut at {b.cut}, outside its thinking trace of "
-                                 f"{len(tree.thinking)} tokens")
+                raise ValueError(
+                    f"a branch is cut at {b.cut}, outside its thinking trace of "
+                    f"{len(tree.thinking)} tokens"
+                )
             branch, trunk_end = next(new_id), first_thinking + b.cut
             position = len(tree.prompt) + b.cut
             # The first branch token is predicted from the last trunk token that it can see ...
             add(b.appended, position, branch, trunk, trunk_end, trunk_end - 1)
             # ... and the summary's first from the appended text's last, its neighbour in the row.
-            add(b.summary, position + len(b.appended), branch, trunk, trunk_end,
+            add(
+                b.summary,
+                position + len(b.appended),
+                branch,
+                trunk,
+                trunk_end,
                 len(ids) - 1 if b.appended else trunk_end - 1,
-                True, [b.advantage] * len(b.summary), b.sampler_logp)
+                True,
+                [b.advantage] * len(b.summary),
+                b.sampler_logp,
+            )
     # Padding is one more trunk that sees only itself: an empty softmax row would be nan.
     padding = next(new_id)
     add([0] * (-len(ids) % multiple), 0, padding, padding, 0, 0)
 
     dtypes = {"trained": torch.bool, "advantages": torch.float32, "sampler_logp": torch.float32}
-    return Row(**{name: torch.tensor(values, dtype=dtypes.get(name, torch.int64))
-                  for name, values in columns.items()})
+    return Row(
+        **{
+            name: torch.tensor(values, dtype=dtypes.get(name, torch.int64))
+            for name, values in columns.items()
+        }
+    )
 
 
 def is_visible(q, k, branch: Tensor, trunk: Tensor, trunk_end: Tensor):
@@ -157,15 +189,15 @@ def flex_mask(row: Row):
     n, size = len(row.input_ids), 128
     index = torch.arange(n, device=row.input_ids.device)
 
-    def keys_in(start, end):        # how many keys of each block are in [start, end): [T, T/128]
+    def keys_in(start, end):  # how many keys of each block are in [start, end): [T, T/128]
         left, right = index[::size], index[::size] + size
         return (end[:, None].clamp_max(right) - start[:, None].clamp_min(left)).relu()
 
-    first = torch.searchsorted(row.branch, torch.stack([row.trunk, row.branch]))    # ids ascend
+    first = torch.searchsorted(row.branch, torch.stack([row.trunk, row.branch]))  # ids ascend
     pairs = keys_in(first[0], row.trunk_end) + keys_in(first[1], index + 1)
-    pairs = pairs.view(-1, size, n // size).sum(1)                              # [T/128, T/128]
+    pairs = pairs.view(-1, size, n // size).sum(1)  # [T/128, T/128]
 
-    def listed(chosen):     # per block of queries: how many blocks of keys; their indices first
+    def listed(chosen):  # per block of queries: how many blocks of keys; their indices first
         order = chosen.int().argsort(dim=-1, descending=True, stable=True)
         return chosen.sum(-1).int()[None, None], order.int()[None, None]
 
@@ -184,6 +216,7 @@ def flex_mask(row: Row):
 def compiled_whole():
     """An error where the compiler gives up: it would go on with T x T scores without a word."""
     from torch._dynamo import config, error_on_graph_break
+
     with config.patch(fail_on_recompile_limit_hit=True), error_on_graph_break(True):
         yield
 
@@ -199,23 +232,31 @@ def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024)
     """
     implementation = model.config._attn_implementation
     if implementation not in ("flex_attention", "sdpa"):
-        raise ValueError(f"attention {implementation!r} cannot take a tree mask: load the model "
-                         "with attn_implementation='sdpa' or 'flex_attention'")
+        raise ValueError(
+            f"attention {implementation!r} cannot take a tree mask: load the model "
+            "with attn_implementation='sdpa' or 'flex_attention'"
+        )
     flex, decoder = implementation == "flex_attention", model.get_decoder()
     head = model.get_output_embeddings()
     with compiled_whole() if flex else nullcontext():
         mask = row.block_mask if flex else dense_mask(row)
-        hidden = decoder(input_ids=row.input_ids[None], position_ids=row.position_ids[None],
-                         attention_mask=mask, use_cache=False).last_hidden_state[0]     # [T, D]
+        hidden = decoder(
+            input_ids=row.input_ids[None],
+            position_ids=row.position_ids[None],
+            attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state[0]  # [T, D]
 
     def chunk_logprobs(h: Tensor, targets: Tensor) -> Tensor:
-        logits = head(h).float() / temperature                                          # [chunk, V]
+        logits = head(h).float() / temperature  # [chunk, V]
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     where = row.trained.nonzero()[:, 0]
     h, targets = hidden[row.previous[where]], row.input_ids[where]
-    parts = [checkpoint(chunk_logprobs, h[i:i + chunk], targets[i:i + chunk], use_reentrant=False)
-             for i in range(0, len(where), chunk)]
+    parts = [
+        checkpoint(chunk_logprobs, h[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
+        for i in range(0, len(where), chunk)
+    ]
     out = torch.zeros(len(row.input_ids), device=hidden.device)
     if not parts:
         # `+ 0 · hidden` keeps a row without trained tokens attached to the graph: under FSDP every

@@ -22,24 +22,26 @@ import miniature
 import packing
 from config import Config, check, parse
 
-OTHER = 5.0     # GiB, not measured: CUDA contexts, NCCL's buffers, vLLM's CUDA graphs, fragments
+OTHER = 5.0  # GiB, not measured: CUDA contexts, NCCL's buffers, vLLM's CUDA graphs, fragments
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Machine:
-    gpus: tuple[int, ...] = (8,)        # Numbers of GPUs to plan for.
-    gpu_memory: float = 80.0            # GiB of each.
+    gpus: tuple[int, ...] = (8,)  # Numbers of GPUs to plan for.
+    gpu_memory: float = 80.0  # GiB of each.
 
 
 def plan(c: Config, config, gpus: int) -> dict[str, float]:
     """What each process holds when it holds most, name -> GiB. `config`: the model's."""
     peak = training_peak(config, gpus, row_tokens(c))
-    copy = 2 * peak.pop("parameters") / c.tensor_parallel_size      # bfloat16
-    return {**{name: size / GIB for name, size in peak.items()},
-            "sampler: bfloat16 weights": copy / GIB,
-            "sampler: KV cache, --kv-cache-gb": c.kv_cache_gb if c.engine == "vllm" else 0.0,
-            "contexts, CUDA graphs (an allowance)": OTHER}
+    copy = 2 * peak.pop("parameters") / c.tensor_parallel_size  # bfloat16
+    return {
+        **{name: size / GIB for name, size in peak.items()},
+        "sampler: bfloat16 weights": copy / GIB,
+        "sampler: KV cache, --kv-cache-gb": c.kv_cache_gb if c.engine == "vllm" else 0.0,
+        "contexts, CUDA graphs (an allowance)": OTHER,
+    }
 
 
 def longest_tree(c: Config) -> int:
@@ -66,17 +68,18 @@ def training_peak(config, gpus: int, tokens: int) -> dict[str, int]:
 
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
-        mesh = dist.init_device_mesh("cpu", (gpus,))    # before the fakes: it holds real numbers
+        mesh = dist.init_device_mesh("cpu", (gpus,))  # before the fakes: it holds real numbers
         with FakeTensorMode(), stub_attention():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
-                                                     attn_implementation="flex_attention")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="flex_attention"
+            )
             parameters = sum(p.numel() for p in model.parameters())
             distributed.make_trainable(model, gpu=True, mesh=mesh)
-            model.forward = model.token_logprobs        # the tracker wants the root called
-            optimizer = torch.optim.AdamW(model.parameters(), foreach=True)     # as on a GPU
+            model.forward = model.token_logprobs  # the tracker wants the root called
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # as on a GPU
             for p in model.parameters():
                 p.grad = torch.empty_like(p)
-            step(model, optimizer)      # a first time unseen: it makes the moments
+            step(model, optimizer)  # a first time unseen: it makes the moments
             tracker = FSDPMemTracker(model, optimizer)
             with tracker:
                 for last in (False, True):
@@ -91,12 +94,16 @@ def training_peak(config, gpus: int, tokens: int) -> dict[str, int]:
         dist.destroy_process_group()
     of = {getattr(kind, "value", kind): size for kind, size in in_rows.items()}
     # The tracker's other kinds mix; these follow from the shapes, and the rest is the total's.
-    kinds = {"weights, float32, sharded": of["Sharded Param"],
-             "two moments of AdamW, sharded": 8 * parameters // gpus,
-             "gradients, float32, summed over rows": 4 * parameters,
-             "gathered bfloat16 weights": of["Unsharded Param"] + of["All Gather"],
-             "activations: the layers' inputs":
-                 config.num_hidden_layers * tokens * config.hidden_size * 2}
+    kinds = {
+        "weights, float32, sharded": of["Sharded Param"],
+        "two moments of AdamW, sharded": 8 * parameters // gpus,
+        "gradients, float32, summed over rows": 4 * parameters,
+        "gathered bfloat16 weights": of["Unsharded Param"] + of["All Gather"],
+        "activations: the layers' inputs": config.num_hidden_layers
+        * tokens
+        * config.hidden_size
+        * 2,
+    }
     kinds["activations: one layer; logits"] = of["Total"] - sum(kinds.values())
     kinds["AdamW's step, beyond all this"] = max(0, in_step["Total"] - of["Total"])
     return {**kinds, "parameters": parameters}
@@ -110,6 +117,7 @@ def step(model, optimizer):
 
 def fake_row(tokens: int) -> packing.Row:
     """A row whose every token is trained. Fake tensors have no values, so that is said by hand."""
+
     class Trained:
         def nonzero(self):
             return torch.empty(tokens, 1, dtype=torch.int64)
@@ -141,7 +149,7 @@ def stub_attention():
 
     def attention(module, q, k, v, mask, **_):
         heads = q.shape[1]
-        if heads & (heads - 1):         # as transformers does: the kernel groups powers of two only
+        if heads & (heads - 1):  # as transformers does: the kernel groups powers of two only
             k, v = (repeat_kv(x, heads // x.shape[1]) for x in (k, v))
         return Attention.apply(q, k, v).transpose(1, 2).contiguous(), None
 
@@ -157,27 +165,40 @@ def stub_attention():
 def advice(c: Config, short: float) -> str:
     """What to lower when `short` GiB are missing."""
     if c.engine == "vllm" and c.kv_cache_gb - short >= 2:
-        return (f"lower --kv-cache-gb to {c.kv_cache_gb - short:.0f}: sampling gets slower, "
-                "results stay")
+        return (
+            f"lower --kv-cache-gb to {c.kv_cache_gb - short:.0f}: sampling gets slower, "
+            "results stay"
+        )
     least = -(-longest_tree(c) // 128) * 128
     if c.max_tokens_per_row > least:
-        return (f"lower --max-tokens-per-row (activations are in proportion to it; not below the "
-                f"longest tree, {least}) and --kv-cache-gb, and plan again")
+        return (
+            f"lower --max-tokens-per-row (activations are in proportion to it; not below the "
+            f"longest tree, {least}) and --kv-cache-gb, and plan again"
+        )
     return "use more GPUs, or lower --max-budget or --num-summaries"
 
 
 def report(c: Config, config, machine: Machine) -> str:
     plans = [plan(c, config, n) for n in machine.gpus]
-    lines = [f"{c.preset} · {c.experiment} · {c.model} · rows of {row_tokens(c)} tokens",
-             f"GiB of each process; GPUs:{'':25}" + "".join(f"{n:8}" for n in machine.gpus)]
+    lines = [
+        f"{c.preset} · {c.experiment} · {c.model} · rows of {row_tokens(c)} tokens",
+        f"GiB of each process; GPUs:{'':25}" + "".join(f"{n:8}" for n in machine.gpus),
+    ]
     lines += [f"  {name:48}" + "".join(f"{p[name]:8.1f}" for p in plans) for name in plans[0]]
     totals = [sum(p.values()) for p in plans]
-    lines.append(f"  {f'in all, of {machine.gpu_memory:g}':48}"
-                 + "".join(f"{t:8.1f}" for t in totals))
+    lines.append(
+        f"  {f'in all, of {machine.gpu_memory:g}':48}" + "".join(f"{t:8.1f}" for t in totals)
+    )
     for n, total in zip(machine.gpus, totals):
         short = total - 0.95 * machine.gpu_memory
-        lines.append(f"{n} GPU(s): " + ("fits" if short <= 0 else f"does NOT fit: {short:.1f} GiB "
-                                        f"too much. {advice(c, short)}"))
+        lines.append(
+            f"{n} GPU(s): "
+            + (
+                "fits"
+                if short <= 0
+                else f"does NOT fit: {short:.1f} GiB too much. {advice(c, short)}"
+            )
+        )
     if c.engine == "plain":
         lines.append("The plain engine's caches are not in this: they grow with its batches.")
     return "\n".join(lines)
@@ -192,9 +213,11 @@ def open_config(model: str):
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise ValueError(f"--model {model}: its config.json is neither here nor can it be fetched "
-                         "from the hub. Copy that one file into a directory and pass the "
-                         f"directory ({str(e).splitlines()[0][:120]})") from e
+        raise ValueError(
+            f"--model {model}: its config.json is neither here nor can it be fetched "
+            "from the hub. Copy that one file into a directory and pass the "
+            f"directory ({str(e).splitlines()[0][:120]})"
+        ) from e
 
 
 if __name__ == "__main__":

@@ -15,10 +15,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT = "#333333", "#d9d9d9"
 QUESTIONS = "shaded: ± 1 standard error over questions (bootstrap)"
 # Of the table: column, statistic, decimals.
-TABLE = (("anytime accuracy", "anytime_accuracy", 3), ("final accuracy", "final_accuracy", 3),
-         ("trace tokens", "thinking_tokens", 1), ("tokens to 90 % of final", "tokens_to_90", 1),
-         ("closed", "closed", 3), ("overthinking", "overthinking", 3),
-         ("summary tokens", "summary_tokens", 1))
+TABLE = (
+    ("anytime accuracy", "anytime_accuracy", 3),
+    ("final accuracy", "final_accuracy", 3),
+    ("trace tokens", "thinking_tokens", 1),
+    ("tokens to 90 % of final", "tokens_to_90", 1),
+    ("closed", "closed", 3),
+    ("overthinking", "overthinking", 3),
+    ("summary tokens", "summary_tokens", 1),
+)
 
 
 def labels_of(models: tuple[str, ...]) -> dict[str, str]:
@@ -34,25 +39,40 @@ def draw_curves(curves: dict[str, dict], path: Path, title: str = "", band: str 
     reads the same on a dark page.
     """
     import matplotlib
-    matplotlib.use("Agg")       # no display needed
+
+    matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(name for c in curves.values() for name in c["sets"]))
     small = names if len(names) > 1 else []
     rows = -(-len(small) // 3)
-    settings = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
-                "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-                "axes.spines.right": False, "figure.facecolor": "white"}
+    settings = {
+        "font.size": 9,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": "white",
+    }
     with plt.rc_context(settings):
         figure = plt.figure(figsize=(7.2, 3.9 + 1.9 * rows), layout="constrained")
         # Two parts, so that the labels right of the upper one do not narrow the lower one.
-        upper, *lower = figure.subfigures(1 + bool(small), height_ratios=[3.6, 1.9 * rows][
-            :1 + bool(small)], squeeze=False)[:, 0]
+        upper, *lower = figure.subfigures(
+            1 + bool(small), height_ratios=[3.6, 1.9 * rows][: 1 + bool(small)], squeeze=False
+        )[:, 0]
         main = upper.add_subplot()
         what = f"mean of {len(names)} sets" if small else "".join(names)
         _panel(main, curves, None if small else names[0])
-        main.set_title(title or f"Accuracy when thinking is cut short{what and f' ({what})'}",
-                       loc="left", fontsize=11, fontweight="bold", pad=20)
+        main.set_title(
+            title or f"Accuracy when thinking is cut short{what and f' ({what})'}",
+            loc="left",
+            fontsize=11,
+            fontweight="bold",
+            pad=20,
+        )
         if small:
             band += "; in brackets: questions"
         main.text(0, 1.025, band, transform=main.transAxes, fontsize=8, color="#666666")
@@ -61,11 +81,14 @@ def draw_curves(curves: dict[str, dict], path: Path, title: str = "", band: str 
         for i, name in enumerate(small):
             axes = lower[0].add_subplot(rows, 3, i + 1)
             axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-            _panel(axes, {label: c for label, c in curves.items() if name in c["sets"]}, name,
-                   {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(curves)})
+            _panel(
+                axes,
+                {label: c for label, c in curves.items() if name in c["sets"]},
+                name,
+                {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(curves)},
+            )
             questions = next(iter(curves.values()))["sets"].get(name, {}).get("questions")
-            axes.set_title(name + (f"  ({questions})" if questions else ""), loc="left",
-                           fontsize=9)
+            axes.set_title(name + (f"  ({questions})" if questions else ""), loc="left", fontsize=9)
         figure.supxlabel("thinking budget (tokens)", fontsize=9)
         figure.savefig(path, dpi=200, facecolor="white")
         plt.close(figure)
@@ -81,8 +104,15 @@ def _panel(axes, curves: dict[str, dict], name: str | None, colours: dict | None
         error = of.get("stderr") or [0.0] * len(y)
         low, high = [a - e for a, e in zip(y, error)], [a + e for a, e in zip(y, error)]
         axes.fill_between(curve["budgets"], low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(curve["budgets"], y, color=colour, linewidth=1.8, marker="o",
-                  markersize=3.5 if len(y) <= 12 else 0, clip_on=False)
+        axes.plot(
+            curve["budgets"],
+            y,
+            color=colour,
+            linewidth=1.8,
+            marker="o",
+            markersize=3.5 if len(y) <= 12 else 0,
+            clip_on=False,
+        )
         lows.append(min(low))
         highs.append(max(high))
     bottom, top = min(lows), max(highs)
@@ -97,7 +127,7 @@ def _panel(axes, curves: dict[str, dict], name: str | None, colours: dict | None
 def _label_lines(axes, curves: dict[str, dict]):
     """Each line's name at its right end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap = (high - low) * 0.12       # two lines of text
+    gap = (high - low) * 0.12  # two lines of text
     ends = sorted((c["accuracy"][-1], n, label) for n, (label, c) in enumerate(curves.items()))
     heights = []
     for y, _, _ in ends:
@@ -106,9 +136,15 @@ def _label_lines(axes, curves: dict[str, dict]):
     shift = sum(h - y for h, (y, _, _) in zip(heights, ends)) / len(ends)
     for height, (_, n, label) in zip(heights, ends):
         text = f"{label}\nanytime {curves[label]['anytime_accuracy']:.3f}"
-        axes.annotate(text, (1.01, height - shift), xycoords=("axes fraction", "data"),
-                      color=COLOURS[n % len(COLOURS)], va="center", fontsize=8.5,
-                      annotation_clip=False)
+        axes.annotate(
+            text,
+            (1.01, height - shift),
+            xycoords=("axes fraction", "data"),
+            color=COLOURS[n % len(COLOURS)],
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+        )
 
 
 def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -> str:
@@ -139,25 +175,43 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_results(a: Evaluation, c: Config, labels: dict[str, str],
-                  curves: dict[str, dict], records: dict[str, dict], opened: dict):
+def write_results(
+    a: Evaluation,
+    c: Config,
+    labels: dict[str, str],
+    curves: dict[str, dict],
+    records: dict[str, dict],
+    opened: dict,
+):
     """eval.json, table.md, anytime_curve.png; and the table on the terminal."""
     first, *others = a.models
-    texts = {m: {name: [(q.index, q.text) for q in of] for name, of in opened[m][2].items()}
-             for m in a.models}
+    texts = {
+        m: {name: [(q.index, q.text) for q in of] for name, of in opened[m][2].items()}
+        for m in a.models
+    }
     columns = {m: {name: per_question(of) for name, of in records[m].items()} for m in a.models}
     # Only where both were asked the same: a tokenizer may have dropped other prompts as overlong.
-    differences = {m: paired_differences(columns[first], columns[m], c.evaluation_budgets, c.seed)
-                   for m in others if texts[m] == texts[first]}
+    differences = {
+        m: paired_differences(columns[first], columns[m], c.evaluation_budgets, c.seed)
+        for m in others
+        if texts[m] == texts[first]
+    }
     # One model: its curve is the file's content; several: one entry each.
-    content = curves[first] if not others else {
-        "models": curves, "paired_differences": {"from": first, "to": differences}}
+    content = (
+        curves[first]
+        if not others
+        else {"models": curves, "paired_differences": {"from": first, "to": differences}}
+    )
     (a.output / "eval.json").write_text(json.dumps(content, indent=1))
-    text = table({labels[m]: curve for m, curve in curves.items()},
-                 {f"{labels[m]} - {labels[first]}": of for m, of in differences.items()})
+    text = table(
+        {labels[m]: curve for m, curve in curves.items()},
+        {f"{labels[m]} - {labels[first]}": of for m, of in differences.items()},
+    )
     (a.output / "table.md").write_text(text)
     draw_curves({labels[m]: curve for m, curve in curves.items()}, a.output / "anytime_curve.png")
     for m, curve in curves.items():
-        print(f"{labels[m]}\n  accuracy " + "  ".join(
-            f"@{b} {x:.3f}" for b, x in zip(curve["budgets"], curve["accuracy"])))
+        print(
+            f"{labels[m]}\n  accuracy "
+            + "  ".join(f"@{b} {x:.3f}" for b, x in zip(curve["budgets"], curve["accuracy"]))
+        )
     print(f"\n{text}\nwrote {a.output}/: eval.json, table.md, anytime_curve.png")

@@ -27,11 +27,22 @@ from config import Config, check, parse
 from packing import Branch, Tree, pack
 from plan import GIB, row_tokens
 
-SMALL = {"max-budget": 96, "num-budgets": 2, "num-rollouts": 4, "num-summaries": 2,
-         "updates-per-step": 2, "steps": 2, "save-every": 1, "keep-checkpoints": 2,
-         "eval-questions": 2, "eval-samples": 1, "num-eval-budgets": 1, "kv-cache-gb": 2,
-         "lr": 1e-4,            # large: an update that the sampler missed must show in its gap
-         "output-dir": "runs/preflight"}
+SMALL = {
+    "max-budget": 96,
+    "num-budgets": 2,
+    "num-rollouts": 4,
+    "num-summaries": 2,
+    "updates-per-step": 2,
+    "steps": 2,
+    "save-every": 1,
+    "keep-checkpoints": 2,
+    "eval-questions": 2,
+    "eval-samples": 1,
+    "num-eval-budgets": 1,
+    "kv-cache-gb": 2,
+    "lr": 1e-4,  # large: an update that the sampler missed must show in its gap
+    "output-dir": "runs/preflight",
+}
 # Mean |difference| of log-probs, between two ways to compute the same: one per precision.
 LIMIT = {"cpu": 1e-4, "cuda": 3e-2}
 
@@ -39,11 +50,11 @@ LIMIT = {"cpu": 1e-4, "cuda": 3e-2}
 def small(args: list[str]) -> Config:
     """The run of these flags in small; questions: as many as processes, two at least, in pairs."""
     world = distributed.world_size()
-    if not any(a.startswith("--preset") for a in args):     # the miniature's own traces are short
+    if not any(a.startswith("--preset") for a in args):  # the miniature's own traces are short
         args = ["--max-budget", "48", *args]
     questions = world if world % 2 == 0 else 2 * world
     flags = [str(x) for k, v in SMALL.items() for x in (f"--{k}", v)]
-    c = parse([*flags, "--questions-per-step", str(questions), *args])     # the last one counts
+    c = parse([*flags, "--questions-per-step", str(questions), *args])  # the last one counts
     return replace(c, eval_data=(c.train_data,))
 
 
@@ -61,25 +72,30 @@ def main(args: list[str]) -> bool:
     train.make_grader = every_other_grader
     train.train(c)
     first, second = metrics_of(out)
-    if distributed.rank() == 0:     # kept rollouts would be trained on again, not sampled again
+    if distributed.rank() == 0:  # kept rollouts would be trained on again, not sampled again
         shutil.rmtree(out / "rollouts", ignore_errors=True)
     train.train(replace(c, resume=str(out / "checkpoints" / "step-00000001")))
     _, again = metrics_of(out)
 
     limit = LIMIT[device.type]
-    verdicts.add("updates without a gradient",
-                 sum(norm == 0 for m in (first, second, again) for norm in m["grad_norm"]), 0)
+    verdicts.add(
+        "updates without a gradient",
+        sum(norm == 0 for m in (first, second, again) for norm in m["grad_norm"]),
+        0,
+    )
     verdicts.add("sampler against trainer", first["sampler_gap"], limit)
     # Sampled by weights that one update has moved: a missed sync would leave the old ones.
     verdicts.add("the same after a weight sync", second["sampler_gap"], limit)
     verdicts.add("the same after a resume", again["sampler_gap"], limit)
-    verdicts.add("the resumed step repeats itself: difference in loss",
-                 abs(again["loss"] - second["loss"]),
-                 limit * abs(second["loss"]) + 1e-6 if device.type == "cpu" else float("inf"))
+    verdicts.add(
+        "the resumed step repeats itself: difference in loss",
+        abs(again["loss"] - second["loss"]),
+        limit * abs(second["loss"]) + 1e-6 if device.type == "cpu" else float("inf"),
+    )
 
     distributed.start()
     base = miniature.base_path(Path("runs"), c.seed) if c.model == "miniature" else c.model
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0   # closed engines' rest
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # closed engines' rest
     model = distributed.load_policy(str(base), device)
     verdicts.add("a tree against separate sequences", tree_against_separate(model, device), limit)
     if device.type == "cuda":
@@ -143,13 +159,14 @@ class Verdicts:
         tokens = row_tokens(full)
         thinking = torch.randint(100, (tokens - 1,)).tolist()
         row = pack([Tree([0], thinking, [])], 128).to(device)
-        for last in (False, True):      # the second row finds the first one's gradients
+        for last in (False, True):  # the second row finds the first one's gradients
             distributed.accumulate(model, last)
             model.token_logprobs(row, 1.0).sum().backward()
         distributed.clip_gradients(model, 1.0)
         optimizer.step()
-        sampler = full.kv_cache_gb * (full.engine == "vllm") + 2 / GIB / full.tensor_parallel_size \
-            * sum(p.numel() for p in model.parameters())
+        sampler = full.kv_cache_gb * (
+            full.engine == "vllm"
+        ) + 2 / GIB / full.tensor_parallel_size * sum(p.numel() for p in model.parameters())
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         used = (torch.cuda.max_memory_allocated() - before) / GIB + sampler
         self.add(f"memory: a row of {tokens} tokens, and the sampler", used, 0.9 * total, " GiB")
@@ -173,13 +190,16 @@ def tree_against_separate(model, device) -> float:
     """Mean |Δ log-prob| between one packed tree and its sequences in rows of their own."""
     tree = example(model.config.vocab_size)
     trunk = [Tree(tree.prompt, tree.thinking, [])]
-    separate = trunk + [Tree(tree.prompt + tree.thinking[:b.cut] + b.appended, b.summary, [])
-                        for b in tree.branches]
+    separate = trunk + [
+        Tree(tree.prompt + tree.thinking[: b.cut] + b.appended, b.summary, [])
+        for b in tree.branches
+    ]
     row, rows = pack([tree], 128), [pack([t], 128) for t in separate]
     with torch.no_grad():
         packed = model.token_logprobs(row.to(device), 1.0)[row.trained.to(device)]
-        alone = torch.cat([model.token_logprobs(r.to(device), 1.0)[r.trained.to(device)]
-                           for r in rows])
+        alone = torch.cat(
+            [model.token_logprobs(r.to(device), 1.0)[r.trained.to(device)] for r in rows]
+        )
     return (packed - alone).abs().mean().item()
 
 

@@ -46,8 +46,12 @@ class RewardFunction(Grader):
             first = "error" in reply and not self._complained
             self._complained |= first
         if first:
-            print(f"WARNING --reward {self.name}: {reply['error']}. Such summaries score 0 and are "
-                  "counted; further ones are not printed", file=sys.stderr, flush=True)
+            print(
+                f"WARNING --reward {self.name}: {reply['error']}. Such summaries score 0 and are "
+                "counted; further ones are not printed",
+                file=sys.stderr,
+                flush=True,
+            )
         future.set_result(reply.get("score", 0.0))
 
 
@@ -78,9 +82,11 @@ def require_reward(name: str):
     process.kill()
     if reply != "ready":
         error = json.loads(reply)["error"] if reply[0] == "{" else "importing it ends the process"
-        raise ValueError(f"--reward {name}: {error}. It wants module:function, the module in the "
-                         "current directory or installed, and function(summary, ground_truth, "
-                         "question)")
+        raise ValueError(
+            f"--reward {name}: {error}. It wants module:function, the module in the "
+            "current directory or installed, and function(summary, ground_truth, "
+            "question)"
+        )
 
 
 def load(name: str):

@@ -35,8 +35,9 @@ def answer_paragraph(summary: str) -> str:
     return BLANK_LINE.split(summary.strip(), maxsplit=1)[0].rstrip()
 
 
-def has_one_think_end(thinking: str, appended: str, summary: str,
-                      think_end: str = "</think>") -> bool:
+def has_one_think_end(
+    thinking: str, appended: str, summary: str, think_end: str = "</think>"
+) -> bool:
     """The format rule: the whole text holds exactly one </think>.
 
     It is the trace's own where the trace closed itself, the appended one where it was cut; the

@@ -27,8 +27,8 @@ from reward_function import RewardFunction
 from rewards import answer_paragraph, has_one_think_end
 
 THINK_END = "</think>"
-CUT_TEXT = f"...\n\n...\n\n{THINK_END}"        # closes a trace that did not close itself
-ANSWER_HEADER = "\n\n**Final Answer**\n"       # asks for the summary
+CUT_TEXT = f"...\n\n...\n\n{THINK_END}"  # closes a trace that did not close itself
+ANSWER_HEADER = "\n\n**Final Answer**\n"  # asks for the summary
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,49 @@ class Protocol:
     eos: tuple[int, ...]
     cut_text: tuple[int, ...]
     answer_header: tuple[int, ...]
-    max_summary_tokens: int     # generated ones; the appended text comes on top
+    max_summary_tokens: int  # generated ones; the appended text comes on top
 
     @classmethod
-    def of(cls, tokenizer, max_summary_tokens: int = 118, eos: Iterable[int] = (),
-           max_appended_tokens: int = 10) -> "Protocol":
+    def of(
+        cls,
+        tokenizer,
+        max_summary_tokens: int = 118,
+        eos: Iterable[int] = (),
+        max_appended_tokens: int = 10,
+    ) -> "Protocol":
         """`eos`: further end-of-text ids (a model's generation config may list several).
 
         Raises ValueError when the tokenizer has no one-token </think> (traces are stopped and
         counted at that token), or needs more than `max_appended_tokens` for the appended text.
         """
+
         def encode(text):
             return tuple(tokenizer.encode(text, add_special_tokens=False))
 
         name, think_end = tokenizer.name_or_path or "this model", encode(THINK_END)
         if len(think_end) != 1 or think_end[0] == tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer of {name} writes {THINK_END} as {len(think_end)} "
-                             "tokens: use a reasoning model that has it as one (R1-Distill, Qwen3)")
+            raise ValueError(
+                f"the tokenizer of {name} writes {THINK_END} as {len(think_end)} "
+                "tokens: use a reasoning model that has it as one (R1-Distill, Qwen3)"
+            )
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {name} has no end-of-text token, so summaries "
-                             "would never end: set eos_token")
-        made = cls(think_end[0], tuple(sorted({tokenizer.eos_token_id, *eos})), encode(CUT_TEXT),
-                   encode(ANSWER_HEADER), max_summary_tokens)
+            raise ValueError(
+                f"the tokenizer of {name} has no end-of-text token, so summaries "
+                "would never end: set eos_token"
+            )
+        made = cls(
+            think_end[0],
+            tuple(sorted({tokenizer.eos_token_id, *eos})),
+            encode(CUT_TEXT),
+            encode(ANSWER_HEADER),
+            max_summary_tokens,
+        )
         longest = len(made.cut_text) + len(made.answer_header)
         if longest > max_appended_tokens:
-            raise ValueError(f"the tokenizer of {name} needs {longest} tokens for the text before "
-                             f"a summary: raise max_appended_tokens {max_appended_tokens}")
+            raise ValueError(
+                f"the tokenizer of {name} needs {longest} tokens for the text before "
+                f"a summary: raise max_appended_tokens {max_appended_tokens}"
+            )
         return made
 
 
@@ -72,25 +89,25 @@ class Protocol:
 class Summary:
     """One answer to one cut. `logp`: the sampler's log-probs of `tokens`, at its temperature."""
 
-    budget_index: int           # 0..M-1
-    draw: int                   # 0..A-1
-    cut: int                    # thinking tokens it saw
+    budget_index: int  # 0..M-1
+    draw: int  # 0..A-1
+    cut: int  # thinking tokens it saw
     appended: list[int]
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     score: float = 0.0
-    verdict: Any = None         # a future of the score, while it is being graded
+    verdict: Any = None  # a future of the score, while it is being graded
 
 
 @dataclass
 class Rollout:
     """One thinking trace and its M·A summaries, ordered by (budget, draw)."""
 
-    question: Any               # data.Question: .index, .prompt (token ids), .ground_truth
-    sample: int                 # 0..G-1
+    question: Any  # data.Question: .index, .prompt (token ids), .ground_truth
+    sample: int  # 0..G-1
     thinking: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
-    finish: str = ""            # "" running | "closed" by </think> | "eos" instead | "length" b_M
+    finish: str = ""  # "" running | "closed" by </think> | "eos" instead | "length" b_M
     summaries: list[Summary] = field(default_factory=list)
 
     @property
@@ -107,9 +124,17 @@ def request_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: int,
-                    num_summaries: int, protocol: Protocol, temperature: float,
-                    seed: tuple[int, ...], grade: Callable | None = None) -> list[Rollout]:
+def sample_rollouts(
+    engine,
+    questions,
+    budgets: tuple[int, ...],
+    num_rollouts: int,
+    num_summaries: int,
+    protocol: Protocol,
+    temperature: float,
+    seed: tuple[int, ...],
+    grade: Callable | None = None,
+) -> list[Rollout]:
     """Sample G thinking traces per question and A summaries at each of the M cuts of each trace.
 
     grade(rollout, summary) is called as each summary is complete and returns a future of its score.
@@ -117,8 +142,8 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
     (question, sample).
     """
     rollouts = [Rollout(q, sample) for q in questions for sample in range(num_rollouts)]
-    thinking: dict[str, Rollout] = {}                       # request id -> whose trace it is
-    summarising: dict[str, tuple[Rollout, Summary]] = {}    # request id -> whose summary it is
+    thinking: dict[str, Rollout] = {}  # request id -> whose trace it is
+    summarising: dict[str, tuple[Rollout, Summary]] = {}  # request id -> whose summary it is
 
     for r in rollouts:
         request = thinking_request(r, budgets[-1], protocol, temperature, seed)
@@ -133,7 +158,7 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
                 for s in due_summaries(r, budgets, num_summaries, protocol):
                     r.summaries.append(s)
                     if r.finish == "eos" and s.cut == len(r.thinking):
-                        continue    # the text is over, nothing can follow: its score stays 0
+                        continue  # the text is over, nothing can follow: its score stays 0
                     request = summary_request(r, s, protocol, temperature, seed)
                     summarising[request.id] = (r, s)
                     engine.add(request)
@@ -151,20 +176,36 @@ def sample_rollouts(engine, questions, budgets: tuple[int, ...], num_rollouts: i
     return rollouts
 
 
-def thinking_request(r: Rollout, max_budget: int, protocol: Protocol, temperature: float,
-                     seed: tuple[int, ...]) -> Request:
+def thinking_request(
+    r: Rollout, max_budget: int, protocol: Protocol, temperature: float, seed: tuple[int, ...]
+) -> Request:
     """Ask for a trace: the prompt, then at most b_M tokens."""
-    return Request(r.id, tuple(r.question.prompt), max_budget, (protocol.think_end, *protocol.eos),
-                   request_seed(*seed, r.question.index, r.sample), temperature, stream=True)
+    return Request(
+        r.id,
+        tuple(r.question.prompt),
+        max_budget,
+        (protocol.think_end, *protocol.eos),
+        request_seed(*seed, r.question.index, r.sample),
+        temperature,
+        stream=True,
+    )
 
 
-def summary_request(r: Rollout, s: Summary, protocol: Protocol, temperature: float,
-                    seed: tuple[int, ...]) -> Request:
+def summary_request(
+    r: Rollout, s: Summary, protocol: Protocol, temperature: float, seed: tuple[int, ...]
+) -> Request:
     """Ask for a summary: prompt, trace up to the cut, appended text; then the answer."""
     key = (r.question.index, r.sample, s.budget_index, s.draw)
-    prompt = (*r.question.prompt, *r.thinking[:s.cut], *s.appended)
-    return Request(f"{r.id}-{s.budget_index}-{s.draw}", prompt, protocol.max_summary_tokens,
-                   protocol.eos, request_seed(*seed, *key), temperature, follows=r.id)
+    prompt = (*r.question.prompt, *r.thinking[: s.cut], *s.appended)
+    return Request(
+        f"{r.id}-{s.budget_index}-{s.draw}",
+        prompt,
+        protocol.max_summary_tokens,
+        protocol.eos,
+        request_seed(*seed, *key),
+        temperature,
+        follows=r.id,
+    )
 
 
 def extend_thinking(r: Rollout, out: Output, protocol: Protocol):
@@ -173,12 +214,14 @@ def extend_thinking(r: Rollout, out: Output, protocol: Protocol):
     r.logp.extend(out.logp)
     if out.finished:
         last = r.thinking[-1]
-        r.finish = ("closed" if last == protocol.think_end else
-                    "eos" if last in protocol.eos else "length")
+        r.finish = (
+            "closed" if last == protocol.think_end else "eos" if last in protocol.eos else "length"
+        )
 
 
-def due_summaries(r: Rollout, budgets: tuple[int, ...], num_summaries: int,
-                  protocol: Protocol) -> list[Summary]:
+def due_summaries(
+    r: Rollout, budgets: tuple[int, ...], num_summaries: int, protocol: Protocol
+) -> list[Summary]:
     """The new, empty summaries of every budget that the trace has crossed or can never reach."""
     due = []
     for j in range(len(r.summaries) // num_summaries, len(budgets)):
@@ -187,14 +230,18 @@ def due_summaries(r: Rollout, budgets: tuple[int, ...], num_summaries: int,
             break
         cut = cut_lengths(len(r.thinking), budgets)[j]
         closed_itself = r.finish == "closed" and cut == len(r.thinking)
-        appended = protocol.answer_header if closed_itself else (*protocol.cut_text,
-                                                                 *protocol.answer_header)
+        appended = (
+            protocol.answer_header
+            if closed_itself
+            else (*protocol.cut_text, *protocol.answer_header)
+        )
         due += [Summary(j, draw, cut, list(appended)) for draw in range(num_summaries)]
     return due
 
 
 def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, Summary], Any]:
     """grade(rollout, summary) -> a future of its score, or None where the format rule says 0."""
+
     def decode(ids) -> str:
         ids = [i for i in ids if i not in protocol.eos]
         return tokenizer.decode(ids, skip_special_tokens=False)
@@ -204,7 +251,7 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
     decode_thinking = lru_cache(maxsize=256)(decode)
 
     def grade(rollout: Rollout, summary: Summary):
-        thinking = decode_thinking(tuple(rollout.thinking[:summary.cut]))
+        thinking = decode_thinking(tuple(rollout.thinking[: summary.cut]))
         appended, answer = decode(summary.appended), decode(summary.tokens)
         if not has_one_think_end(thinking, appended, answer, THINK_END):
             return None
@@ -216,8 +263,9 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
     return grade
 
 
-def scores_of(rollouts: list[Rollout], num_rollouts: int, num_budgets: int,
-              num_summaries: int) -> torch.Tensor:
+def scores_of(
+    rollouts: list[Rollout], num_rollouts: int, num_budgets: int, num_summaries: int
+) -> torch.Tensor:
     """The verdicts as one tensor, [B, G, M, A]."""
     flat = [s.score for r in rollouts for s in r.summaries]
     return torch.tensor(flat).reshape(-1, num_rollouts, num_budgets, num_summaries)
@@ -229,17 +277,25 @@ def cuts_of(rollouts: list[Rollout], num_rollouts: int, budgets: tuple[int, ...]
     return torch.tensor(cuts).reshape(-1, num_rollouts, len(budgets))
 
 
-def to_tree(rollout: Rollout, thinking_advantages: torch.Tensor, summary_advantages: torch.Tensor,
-            budgets: tuple[int, ...], last_only: bool = False) -> Tree:
+def to_tree(
+    rollout: Rollout,
+    thinking_advantages: torch.Tensor,
+    summary_advantages: torch.Tensor,
+    budgets: tuple[int, ...],
+    last_only: bool = False,
+) -> Tree:
     """One rollout as a training tree: A_j on the thinking tokens of segment j, one per summary.
 
     thinking_advantages [M], summary_advantages [M, A]. last_only trains the summaries of the last
     budget alone (GRPO); the others are left out of the tree, since nothing attends to them.
     """
     last = len(budgets) - 1
-    branches = [Branch(s.cut, s.appended, s.tokens,
-                       summary_advantages[s.budget_index, s.draw].item(), s.logp)
-                for s in rollout.summaries
-                if s.tokens and (s.budget_index == last or not last_only)]
+    branches = [
+        Branch(
+            s.cut, s.appended, s.tokens, summary_advantages[s.budget_index, s.draw].item(), s.logp
+        )
+        for s in rollout.summaries
+        if s.tokens and (s.budget_index == last or not last_only)
+    ]
     per_token = token_advantages(thinking_advantages, budgets, len(rollout.thinking)).tolist()
     return Tree(list(rollout.question.prompt), rollout.thinking, branches, per_token, rollout.logp)

@@ -63,8 +63,11 @@ def remove(path: Path):
 
 def sweep(output_dir: Path):
     """Clear away what a kill left of `write`, `replace` and `remove`; no other file is touched."""
-    for path in [p for pattern in ("model.*", "*.json*.partial", "*/step-????????*.*")
-                 for p in output_dir.glob(pattern)]:
+    for path in [
+        p
+        for pattern in ("model.*", "*.json*.partial", "*/step-????????*.*")
+        for p in output_dir.glob(pattern)
+    ]:
         if path.suffix == ".old" and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))
         elif path.suffix in (".partial", ".removed", ".old"):
@@ -92,16 +95,22 @@ def enter(output_dir: Path, resume: str):
         if rank() == 0:
             file = _lock(output_dir, token)
             if not resume and (output_dir / "config.json").exists():
-                raise ValueError(f"--output-dir {output_dir} holds another run: choose a new one, "
-                                 "or continue it with --resume auto")
+                raise ValueError(
+                    f"--output-dir {output_dir} holds another run: choose a new one, "
+                    "or continue it with --resume auto"
+                )
             if resume not in ("", "auto") and not Path(resume).is_dir():
-                raise ValueError(f"--resume {resume} is no complete checkpoint (no directory): "
-                                 "pass --resume auto, or a directory named step-*")
+                raise ValueError(
+                    f"--resume {resume} is no complete checkpoint (no directory): "
+                    "pass --resume auto, or a directory named step-*"
+                )
     with together():
         seen = output_dir / "lock"
         if not seen.is_file() or seen.read_text() != token:
-            raise ValueError(f"--output-dir {output_dir} on {socket.gethostname()} is not the one "
-                             "of the first process: choose one on a file system that all share")
+            raise ValueError(
+                f"--output-dir {output_dir} on {socket.gethostname()} is not the one "
+                "of the first process: choose one on a file system that all share"
+            )
     return file
 
 
@@ -112,12 +121,16 @@ def _lock(output_dir: Path, token: str):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = (output_dir / "lock").read_text() or "?"
-        raise ValueError(f"--output-dir {output_dir} is in use by another run ({owner}): wait for "
-                         "it, end it, or choose a new one") from None
+        raise ValueError(
+            f"--output-dir {output_dir} is in use by another run ({owner}): wait for "
+            "it, end it, or choose a new one"
+        ) from None
     except OSError as e:
         if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise ValueError(f"--output-dir {output_dir} cannot be written ({e.strerror}): choose "
-                             "a directory that can") from None
+            raise ValueError(
+                f"--output-dir {output_dir} cannot be written ({e.strerror}): choose "
+                "a directory that can"
+            ) from None
         say(f"WARNING {output_dir} has no locks ({e.strerror}): never start a second run in it")
     file.truncate(0)
     file.write(token)
@@ -140,15 +153,18 @@ def begin(output_dir: Path, checkpoint: Path | None, first_step: int) -> list[di
     """
     sweep(output_dir)
     for path in checkpoints(output_dir):
-        if int(path.name[-8:]) > first_step:    # or it would pass for the newest of this run
+        if int(path.name[-8:]) > first_step:  # or it would pass for the newest of this run
             path.rename(fresh(path.with_name(path.name + ".abandoned")))
             say(f"renamed {path} to {path.name}.abandoned: this run starts before it")
     source = output_dir
-    if checkpoint and not (output_dir / "evals.jsonl").exists():    # written last, below
+    if checkpoint and not (output_dir / "evals.jsonl").exists():  # written last, below
         source = checkpoint.resolve().parents[1]
-    first_evaluation = first_step + 1 if checkpoint else 0      # the checkpoint's own step has one
-    for name, first in (("metrics.jsonl", first_step), ("samples.jsonl", first_step),
-                        ("evals.jsonl", first_evaluation)):
+    first_evaluation = first_step + 1 if checkpoint else 0  # the checkpoint's own step has one
+    for name, first in (
+        ("metrics.jsonl", first_step),
+        ("samples.jsonl", first_step),
+        ("evals.jsonl", first_evaluation),
+    ):
         kept = [line for line in read_lines(source / name) if line["step"] < first]
         write(output_dir / name, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
@@ -156,6 +172,7 @@ def begin(output_dir: Path, checkpoint: Path | None, first_step: int) -> list[di
 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a log, those that a crash or a disk spoiled dropped with a count."""
+
     def parsed(line: bytes) -> dict | None:
         try:
             value = json.loads(line)

@@ -33,7 +33,7 @@ from rewards import cumulative_returns, mean_rewards
 from rollout import cuts_of, make_grader, sample_rollouts, scores_of, to_tree
 from startup import Run, load, prepare
 
-NOTHING = Tree([0], [], [])     # a row without loss, for a process that has one row fewer
+NOTHING = Tree([0], [], [])  # a row without loss, for a process that has one row fewer
 
 
 def train(c: Config):
@@ -44,9 +44,14 @@ def train(c: Config):
     G, M, A = c.num_rollouts, len(prior.budgets), c.num_summaries
     verifier = make_verifier(c)
     grade = make_grader(verifier, run.tokenizer, run.protocol)
-    multiple = 128 if run.device.type == "cuda" else 1      # FlexAttention's block size
-    bar = tqdm(total=run.steps, initial=run.first_step, desc=c.experiment, unit="step",
-               disable=rank > 0 or None)        # None: no bar where stderr is no terminal
+    multiple = 128 if run.device.type == "cuda" else 1  # FlexAttention's block size
+    bar = tqdm(
+        total=run.steps,
+        initial=run.first_step,
+        desc=c.experiment,
+        unit="step",
+        disable=rank > 0 or None,
+    )  # None: no bar where stderr is no terminal
     distributed.note_sigterm()
 
     for step in range(run.first_step, run.steps + 1):
@@ -55,8 +60,9 @@ def train(c: Config):
         if not stopping and (step in (0, run.steps) or is_due(step, c.eval_every)):
             evaluate(c, run, engine, verifier, step)
         if step > run.first_step and (stopping or is_due(step, c.save_every, run.steps)):
-            checkpoint.save_checkpoint(run.dir, step, run.identity, run.trajectory, model,
-                                       optimizer, c.keep_checkpoints)
+            checkpoint.save_checkpoint(
+                run.dir, step, run.identity, run.trajectory, model, optimizer, c.keep_checkpoints
+            )
         if stopping or step == run.steps:
             break
         clock = Clock()
@@ -67,32 +73,42 @@ def train(c: Config):
             rollouts = rollouts_of_step(c, run, engine, grade, step)
 
         # dense rewards, returns, advantages
-        scores = scores_of(rollouts, G, M, A)                                       # [B, G, M, A]
-        rewards = mean_rewards(scores)                                              # [B, G, M]
-        returns = cumulative_returns(rewards, prior.probs)                          # [B, G, M]
+        scores = scores_of(rollouts, G, M, A)  # [B, G, M, A]
+        rewards = mean_rewards(scores)  # [B, G, M]
+        returns = cumulative_returns(rewards, prior.probs)  # [B, G, M]
         lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(-1, G)  # [B, G]
         thinking_advantages = brpo.thinking_advantages(
-            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay, lengths)  # [B, G, M]
+            rewards, returns, prior.budgets, prior.probs, c.baseline, c.decay, lengths
+        )  # [B, G, M]
         summary_advantages = c.summary_weight * brpo.summary_advantages(
-            scores, cuts_of(rollouts, G, prior.budgets))                            # [B, G, M, A]
+            scores, cuts_of(rollouts, G, prior.budgets)
+        )  # [B, G, M, A]
 
         # one tree per rollout; whole trees to rows and processes by token count, update by update
-        trees = [to_tree(r, of_thinking, of_summaries, prior.budgets, c.train_summaries == "last")
-                 for r, of_thinking, of_summaries in zip(
-                     rollouts, thinking_advantages.flatten(0, 1), summary_advantages.flatten(0, 1))]
+        trees = [
+            to_tree(r, of_thinking, of_summaries, prior.budgets, c.train_summaries == "last")
+            for r, of_thinking, of_summaries in zip(
+                rollouts, thinking_advantages.flatten(0, 1), summary_advantages.flatten(0, 1)
+            )
+        ]
         size = len(trees) // c.updates_per_step
         updates = []
-        for update in (trees[i:i + size] for i in range(0, len(trees), size)):
+        for update in (trees[i : i + size] for i in range(0, len(trees), size)):
             plan = balance([len(t) for t in update], world, c.max_tokens_per_row)[rank]
-            updates.append([pack([update[i] for i in row] or [NOTHING], multiple).to(run.device)
-                            for row in plan])
+            updates.append(
+                [
+                    pack([update[i] for i in row] or [NOTHING], multiple).to(run.device)
+                    for row in plan
+                ]
+            )
 
         # log-probs under the weights that sampled, by the trainer itself, in the update's rows; the
         # first update still has these weights and takes its own
         with clock("old_logp"), torch.no_grad():
             old_logps = [[None] * len(updates[0])]
-            old_logps += [[model.token_logprobs(row, c.temperature) for row in rows]
-                          for rows in updates[1:]]
+            old_logps += [
+                [model.token_logprobs(row, c.temperature) for row in rows] for rows in updates[1:]
+            ]
 
         optimizer.param_groups[0]["lr"] = learning_rate(c, step, run.steps)
         stats, grad_norms, applied = [], [], []
@@ -103,23 +119,36 @@ def train(c: Config):
                     logp = model.token_logprobs(row, c.temperature)
                     old_logp = logp.detach() if old_logp is None else old_logp
                     weight = brpo.sampler_weight(old_logp, row.sampler_logp, c.sampler_cap)
-                    loss, sums = brpo.policy_loss(logp, old_logp, row.advantages, row.trained,
-                                                  c.denominator, c.clip, weight)
+                    loss, sums = brpo.policy_loss(
+                        logp, old_logp, row.advantages, row.trained, c.denominator, c.clip, weight
+                    )
                     # × world: FSDP averages gradients, but the denominator spans all processes
                     (loss * world).backward()
                     gap = brpo.sampler_gap(old_logp, row.sampler_logp, row.trained)
                     stats.append({"loss": loss.detach(), **sums, **gap})
                 grad_norms.append(distributed.clip_gradients(model, c.max_grad_norm))
-                applied.append(distributed.all_finite(grad_norms[-1], stats[-len(rows):]))
-                if applied[-1]:     # one nan would stay in the weights for good
+                applied.append(distributed.all_finite(grad_norms[-1], stats[-len(rows) :]))
+                if applied[-1]:  # one nan would stay in the weights for good
                     optimizer.step()
                 optimizer.zero_grad()
 
         with clock("sync"):
             engine.sync_weights(distributed.full_weights(model), version=step + 1)
 
-        log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, applied,
-            clock)
+        log(
+            c,
+            run,
+            bar,
+            verifier,
+            step,
+            rollouts,
+            rewards,
+            returns,
+            stats,
+            grad_norms,
+            applied,
+            clock,
+        )
 
     bar.close()
     if not stopping:
@@ -143,19 +172,31 @@ def rollouts_of_step(c: Config, run: Run, engine, grade, step: int) -> list:
     """
     questions = questions_of_step(run.questions, step, c.questions_per_step, c.seed)
     path = run.dir / "rollouts" / f"step-{step:08d}.json"
-    rollouts, trajectory = checkpoint.load_rollouts(       # sampled before an interruption?
-        path, run.trajectory, questions, c.num_rollouts,
-        len(c.budget_prior.budgets) * c.num_summaries)
+    rollouts, trajectory = checkpoint.load_rollouts(  # sampled before an interruption?
+        path,
+        run.trajectory,
+        questions,
+        c.num_rollouts,
+        len(c.budget_prior.budgets) * c.num_summaries,
+    )
     if rollouts is None:
         mine = distributed.share(questions, c.tensor_parallel_size)
-        rollouts = sample_rollouts(engine, mine, c.budget_prior.budgets, c.num_rollouts,
-                                   c.num_summaries, run.protocol, c.temperature, (c.seed, step),
-                                   grade)
+        rollouts = sample_rollouts(
+            engine,
+            mine,
+            c.budget_prior.budgets,
+            c.num_rollouts,
+            c.num_summaries,
+            run.protocol,
+            c.temperature,
+            (c.seed, step),
+            grade,
+        )
         rollouts = distributed.gather(rollouts, c.tensor_parallel_size)
         place = {q.index: i for i, q in enumerate(questions)}
         rollouts.sort(key=lambda r: (place[r.question.index], r.sample))
         trajectory = checkpoint.save_rollouts(path, run.trajectory, rollouts)
-        if not c.save_every:    # no checkpoint will ever cover them
+        if not c.save_every:  # no checkpoint will ever cover them
             rundir.drop_rollouts(run.dir, before=step)
     run.trajectory = trajectory
     return rollouts
@@ -168,9 +209,22 @@ def is_due(step: int, every: int, last: int = 0) -> bool:
 def evaluate(c: Config, run: Run, engine, verifier, step: int):
     """The anytime curve of this step, unless a resumed run has it."""
     if not any(e["step"] == step and e.get("settings") == run.evaluation for e in run.history):
-        log_evaluation(run, step, anytime_curve(
-            engine, run.eval_sets, c.evaluation_budgets, c.eval_samples, run.protocol,
-            run.tokenizer, verifier, c.eval_temperature, c.seed, c.tensor_parallel_size))
+        log_evaluation(
+            run,
+            step,
+            anytime_curve(
+                engine,
+                run.eval_sets,
+                c.evaluation_budgets,
+                c.eval_samples,
+                run.protocol,
+                run.tokenizer,
+                verifier,
+                c.eval_temperature,
+                c.seed,
+                c.tensor_parallel_size,
+            ),
+        )
 
 
 if __name__ == "__main__":

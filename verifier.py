@@ -33,17 +33,17 @@ import threading
 from concurrent.futures import Future
 from fractions import Fraction
 
-MAX_NUMBER_CHARS = 4000     # Python refuses to read integers over 4300 digits
-MAX_ANSWER_CHARS = 400      # no dataset answer is longer, and parsing grows faster than the length
-MAX_DEPTH = 30              # parsers recurse; real answers nest less than ten deep
-MAX_CACHE = 50_000          # remembered verdicts; a rollout repeats the same boxes many times
-TASK_TIMEOUT = 5.0          # seconds for one comparison; ordinary ones take 0.01
-START_TIMEOUT = 300.0       # seconds for a worker's imports, which may load a judge's weights
-WORKER_MEMORY = 2 << 30     # bytes of address space per worker
+MAX_NUMBER_CHARS = 4000  # Python refuses to read integers over 4300 digits
+MAX_ANSWER_CHARS = 400  # no dataset answer is longer, and parsing grows faster than the length
+MAX_DEPTH = 30  # parsers recurse; real answers nest less than ten deep
+MAX_CACHE = 50_000  # remembered verdicts; a rollout repeats the same boxes many times
+TASK_TIMEOUT = 5.0  # seconds for one comparison; ordinary ones take 0.01
+START_TIMEOUT = 300.0  # seconds for a worker's imports, which may load a judge's weights
+WORKER_MEMORY = 2 << 30  # bytes of address space per worker
 FAILURES = ("timeouts", "deaths", "exceptions", "unparsable_ground_truths", "invalid_ground_truths")
-LOUD_FAILURE_SHARE = 0.02   # above this share of failed gradings, training should say so
-MAX_ITEMS = 20              # unordered lists compare every item with every item
-RELATIVE_TOLERANCE = Fraction(1, 10**6)     # an absolute one rewards 0.0 for 1e-19
+LOUD_FAILURE_SHARE = 0.02  # above this share of failed gradings, training should say so
+MAX_ITEMS = 20  # unordered lists compare every item with every item
+RELATIVE_TOLERANCE = Fraction(1, 10**6)  # an absolute one rewards 0.0 for 1e-19
 
 # ---------------------------------------------------------------------------- rules 2 and 3: text
 
@@ -60,8 +60,8 @@ def extract_answer(text: str) -> str | None:
             token = match[0][-1] if match[0] in also_braces else match[0]
             if token == "}" and opened:
                 start = opened.pop()
-                if start is not None:       # an enclosing box closes later, so it wins
-                    answer = text[start:match.end() - 1]
+                if start is not None:  # an enclosing box closes later, so it wins
+                    answer = text[start : match.end() - 1]
             elif token == "{" or "box" in token:
                 opened.append(match.end() if "box" in token else None)
         if answer or "\\" not in text:
@@ -69,43 +69,62 @@ def extract_answer(text: str) -> str | None:
     return answer
 
 
-_UNICODE = str.maketrans({
-    **dict(zip("−–—，（）％０１２３４５６７８９", "---,()%0123456789")),
-    **dict.fromkeys("\u200b\ufeff", ""),
-    "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3"})
+_UNICODE = str.maketrans(
+    {
+        **dict(zip("−–—，（）％０１２３４５６７８９", "---,()%0123456789")),
+        **dict.fromkeys("\u200b\ufeff", ""),
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "°": r"^\circ ",
+        "π": r"\pi ",
+        "√": r"\sqrt ",
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "∪": r"\cup ",
+        "∈": r"\in ",
+        "±": r"\pm ",
+        "²": "^2",
+        "³": "^3",
+    }
+)
 # In this order, each with an example. END closes a command's name, so that \le leaves \left alone.
-_REWRITES = [(re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new) for pattern, new in [
-    (r"\\(?:boxed|fbox)(?=\s*\{)|\\!\s*", ""),                              # \boxed{5}, 12,\!000
-    (r"(?<!\\)\\[()\[\]]|\\?\$", ""),                                       # \(5\), $5$, \$5
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)END\.?", ""),             # \left(1, 2\right)
-    (r"\{,\}(?=\d{3}(?!\d))", ""),                                          # (1{,}000, 2)
-    (r"(?<!\\)\\[,;: ]|~|\\q?quadEND|\s+", " "),                            # 5\ \text{cm}
-    (r"\\[dtc]fracEND", r"\\frac"), (r"\\varnothingEND", r"\\emptyset"),    # \dfrac{1}{2}
-    (r"<=", r"\\le "), (r">=", r"\\ge "),                                   # x<=5
-    (r"\\(?:mbox|text(?:rm|bf|it|normal))(?=\s*\{)", r"\\text"),            # \textbf{(C)}
-    (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)END", ","),      # 4 or 6
-    (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)", ""),                   # The answer is 5
-    (r"(?:\^\s*(?:\\circEND|\{\s*\\circ\s*\})|\\degreeEND)(?:\s*[CF]END)?", " "),   # 45^{\circ}
-    (r"\\%|\\text\s*\{\s*percent\s*\}|(?<![a-zA-Z\\])(?:percent|pct)END", "%"),     # 28 percent
-    (r"\\(frac|sqrt)(?:\s+(?=\w)|(?=\d))(\w)", r"\\\1{\2}"),                # \frac12, \sqrt3
-    (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),                     # \frac{1}2
-    (r"\\(?:text|math(?:bf|rm))\s*\{\s*([\d.,]+)\s*\}", r"\1"),             # \mathbf{42}
-    (r"(\.\d*)\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.1\overline{6}
-    (r"_\s*\{\s*\\(?:(?:text|mathrm)\s*\{\s*)?(\w+)\s*\}(?:\s*\})?", r"_{\1}"),     # k_{\text{B}}
-]]
+_REWRITES = [
+    (re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new)
+    for pattern, new in [
+        (r"\\(?:boxed|fbox)(?=\s*\{)|\\!\s*", ""),  # \boxed{5}, 12,\!000
+        (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # \(5\), $5$, \$5
+        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)END\.?", ""),  # \left(1, 2\right)
+        (r"\{,\}(?=\d{3}(?!\d))", ""),  # (1{,}000, 2)
+        (r"(?<!\\)\\[,;: ]|~|\\q?quadEND|\s+", " "),  # 5\ \text{cm}
+        (r"\\[dtc]fracEND", r"\\frac"),
+        (r"\\varnothingEND", r"\\emptyset"),  # \dfrac{1}{2}
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),  # x<=5
+        (r"\\(?:mbox|text(?:rm|bf|it|normal))(?=\s*\{)", r"\\text"),  # \textbf{(C)}
+        (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)END", ","),  # 4 or 6
+        (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)", ""),  # The answer is 5
+        (r"(?:\^\s*(?:\\circEND|\{\s*\\circ\s*\})|\\degreeEND)(?:\s*[CF]END)?", " "),  # 45^{\circ}
+        (r"\\%|\\text\s*\{\s*percent\s*\}|(?<![a-zA-Z\\])(?:percent|pct)END", "%"),  # 28 percent
+        (r"\\(frac|sqrt)(?:\s+(?=\w)|(?=\d))(\w)", r"\\\1{\2}"),  # \frac12, \sqrt3
+        (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),  # \frac{1}2
+        (r"\\(?:text|math(?:bf|rm))\s*\{\s*([\d.,]+)\s*\}", r"\1"),  # \mathbf{42}
+        (r"(\.\d*)\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.1\overline{6}
+        (r"_\s*\{\s*\\(?:(?:text|mathrm)\s*\{\s*)?(\w+)\s*\}(?:\s*\})?", r"_{\1}"),  # k_{\text{B}}
+    ]
+]
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 
 
 def normalise(text: str) -> str:
     """One spelling for what means the same. Still LaTeX, because math-verify reads it."""
     text = text.translate(_UNICODE)
-    if "\\begin" not in text:                               # in a matrix, \\ is a row break
-        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)     # elsewhere \\sqrt is \sqrt
+    if "\\begin" not in text:  # in a matrix, \\ is a row break
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # elsewhere \\sqrt is \sqrt
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     text = text.lstrip().rstrip(" .,;:\\")
-    for _ in range(3):      # {5} and ((5)) are 5, but {1,2} is a set and (1,2) a point
+    for _ in range(3):  # {5} and ((5)) are 5, but {1,2} is a set and (1,2) a point
         inner = text[1:-1]
         is_list = len(_split(inner, ",;")) > 1 and not (text[0] == "{" and plain_number(inner))
         if not _enclosed(text, "{(") or is_list:
@@ -138,12 +157,14 @@ def _split(text: str, separators: str) -> list[str]:
 
 # ------------------------------------------------------------------------- rule 4: plain numbers
 
-_THOUSANDS = re.compile(                                            # 1,234 or 1 234; not 1 234/5
-    r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+(?! ?/))(?!\d)")
-_POWER_OF_TEN = re.compile(                                         # 1.6 \times 10^{-19} or 10^4
-    r"(?:(?<=[\d.])\s*(?:\\times|\\cdot|\*|x)\s*|^)10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?$")
+_THOUSANDS = re.compile(  # 1,234 or 1 234; not 1 234/5
+    r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+(?! ?/))(?!\d)"
+)
+_POWER_OF_TEN = re.compile(  # 1.6 \times 10^{-19} or 10^4
+    r"(?:(?<=[\d.])\s*(?:\\times|\\cdot|\*|x)\s*|^)10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?$"
+)
 _FRAC = re.compile(r"\s*\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}")
-_RATIO = re.compile(r"(?:(\d+) )?(-?\d+) ?/ ?(-?\d+)")              # 7/2 or 3 1/2
+_RATIO = re.compile(r"(?:(\d+) )?(-?\d+) ?/ ?(-?\d+)")  # 7/2 or 3 1/2
 _DECIMAL = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")  # no one writes out 1e99999
 
 
@@ -167,8 +188,10 @@ def plain_number(text: str) -> tuple[Fraction, bool, bool] | None:
 def _same_number(truth: str, box: str) -> bool | None:
     """Rule 4; None unless both are plain numbers."""
     # 1000,99 is a decimal only against a decimal number; elsewhere it may be a list
-    truth, box = (re.sub(r"^(-?\d+),(\d\d|\d{4,})$", r"\1.\2", side) if "." in other else side
-                  for side, other in ((truth, box), (box, truth)))
+    truth, box = (
+        re.sub(r"^(-?\d+),(\d\d|\d{4,})$", r"\1.\2", side) if "." in other else side
+        for side, other in ((truth, box), (box, truth))
+    )
     numbers = plain_number(truth), plain_number(box)
     if not all(numbers):
         return None
@@ -181,9 +204,12 @@ def _same_number(truth: str, box: str) -> bool | None:
 
 # ---------------------------------------------------------------- rules 5 to 7: names, units, lists
 
-_NAME = re.compile(r"""             # x, f(2), V_1, \angle ABC, \text{Area}, (x, y)
+_NAME = re.compile(
+    r"""             # x, f(2), V_1, \angle ABC, \text{Area}, (x, y)
     (?=.*[a-zA-Z])(?!.*\\(?:sqrt|frac|lim|sum|prod|int|pm|cdot|times|infty|pi|sin|cos|tan|log|ln)\b)
-    (?:\\?[a-zA-Z]|\\text\s*\{[^{}]*\}|_\w|_\{[^{}]*\}|\([^()=]*\)|['|:\s])+""", re.VERBOSE)
+    (?:\\?[a-zA-Z]|\\text\s*\{[^{}]*\}|_\w|_\{[^{}]*\}|\([^()=]*\)|['|:\s])+""",
+    re.VERBOSE,
+)
 
 
 def _variables(text: str) -> set[str]:
@@ -195,10 +221,10 @@ def _variables(text: str) -> set[str]:
 def _split_name(text: str) -> tuple[str, str]:
     r"""`f(x) = 4 + 1 = 5` -> (`f(x)`, `5`): what is named, and the last value of the chain."""
     exact = text.partition(r"\approx")[0].strip()
-    if exact and not _NAME.fullmatch(exact):        # \sqrt{2} \approx 1.414: the exact form counts
+    if exact and not _NAME.fullmatch(exact):  # \sqrt{2} \approx 1.414: the exact form counts
         text = exact
     *heads, value = _split(re.sub(r"\\(?:approx|in)(?![a-zA-Z])", "=", text), "=") or [""]
-    if not heads or len(_split("=".join(heads), ",;")) > 1:     # x = 1, y = 2 is a list
+    if not heads or len(_split("=".join(heads), ",;")) > 1:  # x = 1, y = 2 is a list
         return "", text
     if _NAME.fullmatch(heads[0]):
         return re.sub(r"\s", "", heads[0]), value
@@ -215,13 +241,16 @@ def _drop_names(truth: str, box: str) -> tuple[str, str]:
     return (truth, box) if other_name or "=" in a or "=" in b else (a, b)
 
 
-_UNIT = re.compile(r"""
+_UNIT = re.compile(
+    r"""
     (?:(?<=[\d)}])|(?<=\\pi))\s*(?:
         \\(?:text|mathrm)\s*\{(?P<text>[^{},\d]*(?:\^?[23])?)\}             # 10\text{ cm}
         |(?<![\\a-zA-Z])(?P<bare>cm|mm|km|ft|in|lbs?|oz|kg|mg|hrs?|min|sec|mph|mi|am|pm|th|st|nd|rd
             |mol|rad|Hz|eV|kJ|kW|mL|kN|Pa|m/s|km/h
             |[a-zA-Z]{4,}(?:\s+[a-zA-Z]+)*)(?![a-zA-Z])                     # 5 cm, 64 square feet
-    )\s*(?P<power>\^\s*\{?-?\d\}?)?$""", re.VERBOSE)
+    )\s*(?P<power>\^\s*\{?-?\d\}?)?$""",
+    re.VERBOSE,
+)
 
 
 def _split_unit(text: str) -> tuple[str, str]:
@@ -229,8 +258,8 @@ def _split_unit(text: str) -> tuple[str, str]:
     match = _UNIT.search(text)
     if match is None or re.search(r"\b(?:not|if)\b", match[0]):
         return text, ""
-    value = text[:match.start()].strip()
-    if len(_split(value, ",;")) > 1 and not plain_number(value):    # 1 cm, 2 cm: item by item
+    value = text[: match.start()].strip()
+    if len(_split(value, ",;")) > 1 and not plain_number(value):  # 1 cm, 2 cm: item by item
         return text, ""
     unit = re.sub(r"[{}\s.]", "", (match["text"] or match["bare"] or "") + (match["power"] or ""))
     return value, re.sub(r"(?<=\w\w)s\b", "", unit.lower())
@@ -250,7 +279,7 @@ def _items(text: str) -> tuple[str, list[str]]:
     return "", items
 
 
-_CERTAINTY = [False, None, True].index      # max is "one of them", min is "all of them"
+_CERTAINTY = [False, None, True].index  # max is "one of them", min is "all of them"
 
 
 def _equal_lists(truth: tuple, box: tuple, compare) -> bool | None:
@@ -275,15 +304,21 @@ def _equal_lists(truth: tuple, box: tuple, compare) -> bool | None:
 # ------------------------------------------------------------------- rule 8, and the rules in order
 
 _FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)h?(?![a-zA-Z])")
-_HEAVY = re.compile(r"""
+_HEAVY = re.compile(
+    r"""
     \^\s*\{?[-(\s]*\d{5,}                                               # 2^{100000}
     |\^\s*\{?[-(\s]*(?:\d{2,}\s*\^|\d\s*\^\s*\{?\s*\d{2,})              # 2^{10^9}, 9^{9^{99}}
     |\^\s*\{\s*\(*\\?\w*\s*\^\s*\{\s*\(*\\?\w*\s*\^                     # x^{x^{x^x}}
     |(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])[^()]*\)\s*\^\s*\{?\s*\d{3,}    # (x+y)^{100}
     |\d{4,}\s*\)*\s*!|!\s*\)*\s*!|-\s*-\s*-                             # 9999!, 3!!, ---1
-    """, re.VERBOSE)
-_RESTATED = re.compile(r"""!|(?<!\{)\\(?:sum|prod|i*nt|oint|lim|[dt]?binom|choose|gcd|lcm|[bp]?mod
-    |lfloor|lceil|max|min|det)(?![a-zA-Z])""", re.VERBOSE)
+    """,
+    re.VERBOSE,
+)
+_RESTATED = re.compile(
+    r"""!|(?<!\{)\\(?:sum|prod|i*nt|oint|lim|[dt]?binom|choose|gcd|lcm|[bp]?mod
+    |lfloor|lceil|max|min|det)(?![a-zA-Z])""",
+    re.VERBOSE,
+)
 _BASE = re.compile(r"(?<=[\d)}])_\{?\s*(\w+)")
 _ORDER = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z])")
 
@@ -308,14 +343,21 @@ def _refused(truth: str, box: str) -> bool:
     restated = _RESTATED.search(box) and not _RESTATED.search(truth) and len(truth) < 30
     if restated or (plain_number(truth) and _FUNCTION.search(box)):
         return True
-    stray = _variables(box) - _variables(truth)     # math-verify reads 2A as 2a
+    stray = _variables(box) - _variables(truth)  # math-verify reads 2A as 2a
     if stray and not (_ORDER.search(box) and _only_interval(truth)):
         return True
     # a number is no expression, x^2 + y^2 = z^2 is not z^2, 1011_2 not 1011, \text{not } 4 not 4
-    words = [sorted(word.strip().casefold() for word in _TEXT.findall(side) if word.strip()[1:])
-             for side in (truth, box)]
-    return bool(plain_number(box) and _variables(truth) or ("=" in truth) != ("=" in box)
-                or _BASE.findall(truth) != _BASE.findall(box) or words[0] != words[1])
+    words = [
+        sorted(word.strip().casefold() for word in _TEXT.findall(side) if word.strip()[1:])
+        for side in (truth, box)
+    ]
+    return bool(
+        plain_number(box)
+        and _variables(truth)
+        or ("=" in truth) != ("=" in box)
+        or _BASE.findall(truth) != _BASE.findall(box)
+        or words[0] != words[1]
+    )
 
 
 def _equal(truth: str, box: str, compare=lambda truth, box: None) -> bool | None:
@@ -340,13 +382,14 @@ def _equal(truth: str, box: str, compare=lambda truth, box: None) -> bool | None
         return _equal_lists(*lists, compare)
     if any(is_list) and (plain_number(truth) or plain_number(box)):
         return False
-    words = _words(truth), _words(box)              # as products of letters, ba would be ab
+    words = _words(truth), _words(box)  # as products of letters, ba would be ab
     if all(words) or any(len(word) > 3 for word in words):
         return words[0] == words[1]
     return False if _refused(truth, box) else compare(truth, box)
 
 
 # ------------------------------------------------------------------- rule 1, and math-verify itself
+
 
 def _alternatives(ground_truth) -> list[str]:
     """The normalised texts of a str, int, float, or a list of them. Empty for an invalid row."""
@@ -370,27 +413,41 @@ def _math_verify(truth: str, box: str) -> bool | None:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, I
+
     # units=False, or it drops the s of 2s; boxed, or it misreads bare text; the pool keeps the time
-    config = [LatexExtractionConfig(normalization_config=NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"))]
+    config = [
+        LatexExtractionConfig(
+            normalization_config=NormalizationConfig(
+                basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
+            )
+        )
+    ]
 
     def read(text):
         sides = parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
         # it takes i for a variable, so that e^{i\pi} would not be -1
-        return [side.subs({symbol: I for symbol in side.free_symbols if symbol.name == "i"})
-                if isinstance(side, Expr) else side for side in sides if not isinstance(side, str)]
+        return [
+            side.subs({symbol: I for symbol in side.free_symbols if symbol.name == "i"})
+            if isinstance(side, Expr)
+            else side
+            for side in sides
+            if not isinstance(side, str)
+        ]
 
     a, b = read(truth), read(box)
     if not a:
         return None
     as_interval = _only_interval(truth)
-    return bool(b) and (verify(a, b, allow_set_relation_comp=as_interval, timeout_seconds=None)
-                        and _close(a[0], b[0]))
+    return bool(b) and (
+        verify(a, b, allow_set_relation_comp=as_interval, timeout_seconds=None)
+        and _close(a[0], b[0])
+    )
 
 
 def _close(truth, box) -> bool:
     """Equal to a relative 1e-6 at some point: math-verify's decimals make tiny numbers equal."""
     from sympy import Expr, N, Rational
+
     if not (isinstance(truth, Expr) and isinstance(box, Expr)):
         return True
     symbols = sorted(truth.free_symbols | box.free_symbols, key=str)
@@ -399,13 +456,14 @@ def _close(truth, box) -> bool:
     if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
         return True
     size = max(abs(a), abs(b))
-    return bool(abs(a - b) <= 1e-6 * size if a and b else size < 1e-30)     # a zero may be rounded
+    return bool(abs(a - b) <= 1e-6 * size if a and b else size < 1e-30)  # a zero may be rounded
 
 
 # -------------------------------------------------------------------------------------- supervision
 # A string may keep the parser busy for hours, in C, where no exception reaches: only a process can
 # be stopped. multiprocessing would import the parent's main module into each, which under `torchrun
 # train.py` means torch. So workers are this file, run as a script: safe beside threads and CUDA.
+
 
 class Grader:
     """Processes that answer a line with a line, in the background; a stuck one is killed.
@@ -463,7 +521,7 @@ class Grader:
         process = None
         while (task := self._tasks.get()) is not None:
             line, done = task
-            if process is None or process.poll() is not None:   # killed from outside while idle
+            if process is None or process.poll() is not None:  # killed from outside while idle
                 process = self._start()
             done(ask(process, line, self.timeout) if process else "deaths")
 
@@ -473,16 +531,21 @@ class Grader:
                 return None
             process = start(self.command)
             self._processes = [p for p in self._processes if p.poll() is None] + [process]
-        ask(process, "", START_TIMEOUT)     # outside of the lock, since it may take long
+        ask(process, "", START_TIMEOUT)  # outside of the lock, since it may take long
         return process
 
 
 def start(command: list[str]) -> subprocess.Popen:
     """A worker. In its own session, as Ctrl-C is for the parent; with one hash seed, as sympy
     depends on the order of sets."""
-    return subprocess.Popen([sys.executable, *command, str(os.getpid())], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, start_new_session=True,
-                            env=os.environ | {"PYTHONHASHSEED": "0"})
+    return subprocess.Popen(
+        [sys.executable, *command, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+    )
 
 
 def ask(process: subprocess.Popen, line: str, timeout: float) -> str:
@@ -495,10 +558,10 @@ def ask(process: subprocess.Popen, line: str, timeout: float) -> str:
         process.stdin.write(line + "\n")
         process.stdin.flush()
         reply = process.stdout.readline().strip()
-    except OSError:         # its end of the pipe is closed
+    except OSError:  # its end of the pipe is closed
         reply = ""
     timer.cancel()
-    timer.join()            # a timer that has already fired kills this process, not the next one
+    timer.join()  # a timer that has already fired kills this process, not the next one
     if reply and not late:
         return reply
     process.kill()
@@ -509,11 +572,11 @@ def ask(process: subprocess.Popen, line: str, timeout: float) -> str:
 def serve(answer, parent: int):
     """The worker's side: a line comes, answer(line) goes, until the parent is gone."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: end with the parent
-    if os.getppid() != parent:                          # it ended before that call
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    if os.getppid() != parent:  # it ended before that call
         sys.exit()
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)                                       # what libraries print is no reply
+    os.dup2(2, 1)  # what libraries print is no reply
     for line in sys.stdin:
         replies.write(answer(line.strip()) + "\n")
 
@@ -529,16 +592,16 @@ class Verifier(Grader):
     def __init__(self, num_workers: int = 2, timeout: float = TASK_TIMEOUT):
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("verifier.py needs math_verify: pip install math-verify")
-        self._known = {}        # (truths, box) -> a verdict, or the futures that wait for it
+        self._known = {}  # (truths, box) -> a verdict, or the futures that wait for it
         super().__init__([os.path.abspath(__file__), str(timeout)], num_workers, timeout)
 
     def _reset(self):
-        super()._reset()        # waiting futures are the parent's
+        super()._reset()  # waiting futures are the parent's
         self._known = {key: v for key, v in self._known.items() if isinstance(v, str)}
 
     def submit(self, summary: str, ground_truth) -> Future:
         """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list."""
-        if self._pid != os.getpid():        # a forked child must not talk into its parent's pipes
+        if self._pid != os.getpid():  # a forked child must not talk into its parent's pipes
             self._reset()
         box = extract_answer(summary) if isinstance(summary, str) else None
         box = normalise(box) if box and len(box) <= MAX_NUMBER_CHARS else ""
@@ -549,11 +612,11 @@ class Verifier(Grader):
                 known.append(future)
         if isinstance(known, str):
             self._finish([future], known, fast=True)
-        elif known[0] is future:            # the first of equal pairs; the others wait for it
+        elif known[0] is future:  # the first of equal pairs; the others wait for it
             try:
                 verdict = _verdict(*key)
             except Exception:
-                verdict = "exceptions"      # a fault in the rules: a counted 0
+                verdict = "exceptions"  # a fault in the rules: a counted 0
             if verdict:
                 self._settle(key, verdict, fast=True)
             else:
@@ -569,7 +632,7 @@ class Verifier(Grader):
             waiting = self._known.pop(key)
             if len(self._known) >= MAX_CACHE:
                 self._known = {k: v for k, v in self._known.items() if isinstance(v, list)}
-            self._known[key] = verdict      # failures too: a hostile string costs its seconds once
+            self._known[key] = verdict  # failures too: a hostile string costs its seconds once
         self._finish(waiting, verdict, fast)
 
     def _finish(self, futures: list[Future], verdict: str, fast: bool):
@@ -615,8 +678,8 @@ def _grade(line: str, timeout: float) -> str:
     try:
         return _verdict(*json.loads(line), _math_verify) or "unparsable_ground_truths"
     except MemoryError:
-        os._exit(1)                         # a death: this worker is full, a fresh one is not
-    except BaseException:                   # math-verify's own TimeoutException is no Exception
+        os._exit(1)  # a death: this worker is full, a fresh one is not
+    except BaseException:  # math-verify's own TimeoutException is no Exception
         return "exceptions"
     finally:
         signal.alarm(0)
@@ -624,13 +687,15 @@ def _grade(line: str, timeout: float) -> str:
 
 def _limit_worker():
     import resource  # not on Windows, where a worker cannot run but the rules can
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)        # the parser prints its complaints
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the parser prints its complaints
 
 
 if __name__ == "__main__":
     import math_verify  # noqa: F401    now, not within the first task's time
+
     _limit_worker()
     serve(lambda line: _grade(line, float(sys.argv[1])), int(sys.argv[2]))

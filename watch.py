@@ -9,8 +9,17 @@ from rollout import Protocol, Rollout, sample_rollouts
 from verifier import extract_answer
 
 
-def ask(engine, question, budgets: tuple[int, ...], protocol: Protocol, tokenizer,
-        temperature: float, seed: tuple[int, ...], label: str = "", out=None):
+def ask(
+    engine,
+    question,
+    budgets: tuple[int, ...],
+    protocol: Protocol,
+    tokenizer,
+    temperature: float,
+    seed: tuple[int, ...],
+    label: str = "",
+    out=None,
+):
     """Sample one trace of `question` and an answer at each budget; print both as they come.
 
     The same tokens as sample 0 of question 0 in an evaluation of the same seed and budgets.
@@ -32,10 +41,10 @@ class Watched:
         self.engine, self.budgets, self.protocol = engine, budgets, protocol
         self.tokenizer, self.out = tokenizer, out
         self.thinking: list[int] = []
-        self.answers: dict[int, list[int]] = {}     # budget index -> tokens so far
+        self.answers: dict[int, list[int]] = {}  # budget index -> tokens so far
         self.complete: set[int] = set()
-        self.over = False                           # the trace has ended
-        self.printed, self.asked = "", 0            # of the trace; budgets whose answer is printed
+        self.over = False  # the trace has ended
+        self.printed, self.asked = "", 0  # of the trace; budgets whose answer is printed
 
     def add(self, request):
         self.engine.add(request)
@@ -46,7 +55,7 @@ class Watched:
     def step(self):
         outputs = self.engine.step()
         for out in outputs:
-            _, _, *summary = map(int, out.id.split("-"))    # question-sample[-budget-draw]
+            _, _, *summary = map(int, out.id.split("-"))  # question-sample[-budget-draw]
             if not summary:
                 self.thinking += out.tokens
                 self.over = self.over or out.finished
@@ -61,8 +70,8 @@ class Watched:
         while self.asked < len(self.budgets):
             budget = self.budgets[self.asked]
             text = self.tokenizer.decode(self.thinking[:budget])
-            if not text.endswith("\ufffd") or self.over:        # else: half a character
-                print(text[len(self.printed):], end="", file=self.out, flush=True)
+            if not text.endswith("\ufffd") or self.over:  # else: half a character
+                print(text[len(self.printed) :], end="", file=self.out, flush=True)
                 self.printed = text
             if self.asked not in self.complete:
                 return
@@ -89,21 +98,33 @@ def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     answer and score. As JSON in samples.jsonl, and on the terminal after training."""
     cuts, start, draws = [], 0, len(rollout.summaries) // len(budgets)
     for b, s in zip(budgets, rollout.summaries[::draws]):
-        cuts.append({"budget": b, "thinking": tokenizer.decode(rollout.thinking[start:s.cut]),
-                     "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
-                     "score": s.score})
+        cuts.append(
+            {
+                "budget": b,
+                "thinking": tokenizer.decode(rollout.thinking[start : s.cut]),
+                "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
+                "score": s.score,
+            }
+        )
         start = s.cut
-    return {"question": rollout.question.text, "ground_truth": rollout.question.ground_truth,
-            "finish": rollout.finish, "cuts": cuts}
+    return {
+        "question": rollout.question.text,
+        "ground_truth": rollout.question.ground_truth,
+        "finish": rollout.finish,
+        "cuts": cuts,
+    }
 
 
 def example_lines(example: dict, width: int = 60) -> list[str]:
     """A rollout (from `readable`) as a line per budget; of a long text, its end."""
+
     def flat(text: str, width: int) -> str:
         text = " ".join(text.split())
-        return text if len(text) <= width else "…" + text[1 - width:]
+        return text if len(text) <= width else "…" + text[1 - width :]
 
     longest = min(width, max(len(flat(cut["thinking"], width)) for cut in example["cuts"]))
-    return [f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
-            f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"
-            for cut in example["cuts"]]
+    return [
+        f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
+        f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"
+        for cut in example["cuts"]
+    ]

@@ -29,26 +29,41 @@ from packing import Branch, Tree, balance, is_visible, pack  # noqa: E402
 from rollout import Protocol, sample_rollouts, to_tree  # noqa: E402
 
 # DeepSeek-R1-Distill-Qwen-1.5B, as its config.json states it.
-REAL = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-            intermediate_size=8960, vocab_size=151936, max_position_embeddings=131072,
-            tie_word_embeddings=False)
-TOY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-           intermediate_size=128, vocab_size=512, max_position_embeddings=32768,
-           tie_word_embeddings=False)
+REAL = dict(
+    hidden_size=1536,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    intermediate_size=8960,
+    vocab_size=151936,
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+)
+TOY = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=128,
+    vocab_size=512,
+    max_position_embeddings=32768,
+    tie_word_embeddings=False,
+)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    rollout: bool = False           # Also sample 64 traces of one question with vLLM, and sync.
-    tiny: bool = False              # Toy model and lengths.
-    trees: int = 32                 # 32 questions × 8 rollouts / 8 GPUs in one update.
-    repeats: int = 3                # Medians over so many.
+    rollout: bool = False  # Also sample 64 traces of one question with vLLM, and sync.
+    tiny: bool = False  # Toy model and lengths.
+    trees: int = 32  # 32 questions × 8 rollouts / 8 GPUs in one update.
+    repeats: int = 3  # Medians over so many.
     # Dense bfloat16 peak of the GPU by its datasheet (H100 and H200: 989, A100: 312).
     peak_tflops: float = 989.0
 
 
-def random_trees(count: int, budgets: tuple[int, ...], num_summaries: int, vocab: int,
-                 seed: int = 0) -> list[Tree]:
+def random_trees(
+    count: int, budgets: tuple[int, ...], num_summaries: int, vocab: int, seed: int = 0
+) -> list[Tree]:
     """Prompts of 60-200 tokens, traces of lognormal length (median 0.6 b_M) capped at b_M,
     summaries of 20-60 tokens."""
     g = torch.Generator().manual_seed(seed)
@@ -63,8 +78,11 @@ def random_trees(count: int, budgets: tuple[int, ...], num_summaries: int, vocab
     for _ in range(count):
         length = int(0.6 * budgets[-1] * math.exp(0.6 * torch.randn(1, generator=g).item()))
         length = min(max(length, 1), budgets[-1])
-        branches = [Branch(min(b, length), tokens(8), tokens(between(20, 60)), 0.1)
-                    for b in budgets for _ in range(num_summaries)]
+        branches = [
+            Branch(min(b, length), tokens(8), tokens(between(20, 60)), 0.1)
+            for b in budgets
+            for _ in range(num_summaries)
+        ]
         trees.append(Tree(tokens(between(60, 200)), tokens(length), branches, [0.1] * length))
     return trees
 
@@ -84,7 +102,7 @@ def model_flops(model, rows) -> float:
     for row in rows:
         k = torch.arange(len(row.input_ids), device=row.input_ids.device)
         pairs = 0
-        for q in k.split(1024):     # block by block: the whole mask would be too large
+        for q in k.split(1024):  # block by block: the whole mask would be too large
             visible = is_visible(q[:, None], k[None, :], row.branch, row.trunk, row.trunk_end)
             pairs += int(visible.sum())
         total += 6 * body * len(k) + 6 * head * int(row.trained.sum())
@@ -109,10 +127,13 @@ def bench_training(a: Arguments, c: Config, model, budgets, row_tokens: int, dev
     rows = [pack([trees[i] for i in row], 128).to(device) for row in plan]
     tokens = sum(len(t) for t in trees)
     unpacked = sum(len(t.prompt) + len(t.thinking) for t in trees)
-    unpacked += sum(len(t.prompt) + b.cut + len(b.appended) + len(b.summary)
-                    for t in trees for b in t.branches)
-    print(f"{a.trees} trees, {tokens} tokens in {len(rows)} rows; as separate sequences {unpacked} "
-          f"tokens ({unpacked / tokens:.1f} times as many)")
+    unpacked += sum(
+        len(t.prompt) + b.cut + len(b.appended) + len(b.summary) for t in trees for b in t.branches
+    )
+    print(
+        f"{a.trees} trees, {tokens} tokens in {len(rows)} rows; as separate sequences {unpacked} "
+        f"tokens ({unpacked / tokens:.1f} times as many)"
+    )
     old = []
 
     def log_probs():
@@ -132,7 +153,7 @@ def bench_training(a: Arguments, c: Config, model, budgets, row_tokens: int, dev
 
     flops = model_flops(model, rows)
     for name, work, share in (("log-probs", log_probs, 1 / 3), ("update", update, 1.0)):
-        timed(work, device)         # warm-up: compiles FlexAttention
+        timed(work, device)  # warm-up: compiles FlexAttention
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = statistics.median(timed(work, device) for _ in range(a.repeats))
@@ -143,28 +164,49 @@ def bench_training(a: Arguments, c: Config, model, budgets, row_tokens: int, dev
 
 
 def bench_sampling(a: Arguments, c: Config, engine, model, budgets, device):
-    protocol = Protocol(think_end=2, eos=(1,), cut_text=(3, 4, 2), answer_header=(5, 6, 7, 8, 9),
-                        max_summary_tokens=c.max_summary_tokens)
+    protocol = Protocol(
+        think_end=2,
+        eos=(1,),
+        cut_text=(3, 4, 2),
+        answer_header=(5, 6, 7, 8, 9),
+        max_summary_tokens=c.max_summary_tokens,
+    )
     question = Question(0, "", "", tuple(range(10, 110)))
     rollouts = []
 
     def sample():
-        rollouts.extend(sample_rollouts(engine, [question], budgets, c.num_rollouts * 8,
-                                        c.num_summaries, protocol, 1.0, (0, 0)))
+        rollouts.extend(
+            sample_rollouts(
+                engine,
+                [question],
+                budgets,
+                c.num_rollouts * 8,
+                c.num_summaries,
+                protocol,
+                1.0,
+                (0, 0),
+            )
+        )
 
     seconds = timed(sample, device)
     count = sum(len(r.thinking) + sum(len(s.tokens) for s in r.summaries) for r in rollouts)
-    print(f"rollout    {seconds:8.2f} s  {count / seconds:10.0f} sampled tokens/s "
-          f"({len(rollouts)} rollouts, one GPU's share of a step)")
-    sync = [timed(lambda: engine.sync_weights(distributed.full_weights(model), version=1), device)
-            for _ in range(a.repeats)]
+    print(
+        f"rollout    {seconds:8.2f} s  {count / seconds:10.0f} sampled tokens/s "
+        f"({len(rollouts)} rollouts, one GPU's share of a step)"
+    )
+    sync = [
+        timed(lambda: engine.sync_weights(distributed.full_weights(model), version=1), device)
+        for _ in range(a.repeats)
+    ]
     print(f"sync       {statistics.median(sync):8.2f} s")
     tree = to_tree(rollouts[0], torch.zeros(4), torch.zeros(4, c.num_summaries), budgets)
     row = pack([tree], 128).to(device)
     with torch.no_grad():
         gap = brpo.sampler_gap(model.token_logprobs(row, 1.0), row.sampler_logp, row.trained)
-    print(f"sampler gap, before the sync's update: mean {gap['gap'] / row.trained.sum():.1e}, "
-          f"max {gap['gap_max']:.1e}")
+    print(
+        f"sampler gap, before the sync's update: mean {gap['gap'] / row.trained.sum():.1e}, "
+        f"max {gap['gap_max']:.1e}"
+    )
 
 
 def main(a: Arguments):

@@ -82,8 +82,9 @@ def compare(engine, questions, budgets, rollouts, summaries, protocol, lengths, 
                 time.process_time(),
             )
             side_engine = counted if side == "streaming" else TwoPhases(counted)
-            done = sample_rollouts(side_engine, questions, budgets, rollouts, summaries, protocol,
-                                   1.0, (0, repeat))
+            done = sample_rollouts(
+                side_engine, questions, budgets, rollouts, summaries, protocol, 1.0, (0, repeat)
+            )
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             said[side] = [(r.thinking, [s.tokens for s in r.summaries]) for r in done]
             if repeat:  # the first one warms up
@@ -167,9 +168,11 @@ def main():
     head = f"{'slots':>6}  {'':10}{'steps':>8}{'wall s':>9}{'CPU s':>9}"
     print(head + f"{'first summary at':>18}{'last trace at':>18}")
     for slots, name, steps, seconds, cpu_seconds, first, last in table:
-        digits = 0 if name in ("streaming", "two-phase") else 2     # whole steps, or ratios
-        print(f"{slots:6}  {name:10}{steps:8.{digits}f}{seconds:9.2f}{cpu_seconds:9.2f}"
-              f"{first:18.{digits}f}{last:18.{digits}f}")
+        digits = 0 if name in ("streaming", "two-phase") else 2  # whole steps, or ratios
+        print(
+            f"{slots:6}  {name:10}{steps:8.{digits}f}{seconds:9.2f}{cpu_seconds:9.2f}"
+            f"{first:18.{digits}f}{last:18.{digits}f}"
+        )
 
 
 if __name__ == "__main__":

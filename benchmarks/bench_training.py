@@ -51,19 +51,25 @@ VOCABULARY = len(miniature.VOCABULARY)
 
 def make_tree(rng, thinking, budgets=4, summaries=4, summary=32, prompt=64, vocabulary=VOCABULARY):
     """Random tokens in the shape of a trace with M evenly spaced cuts and A summaries at each."""
+
     def tokens(n):
         return [rng.randrange(vocabulary) for _ in range(n)]
 
-    branches = [Branch(thinking * (j + 1) // budgets, tokens(8), tokens(summary), 1.0)
-                for j in range(budgets) for _ in range(summaries)]
+    branches = [
+        Branch(thinking * (j + 1) // budgets, tokens(8), tokens(summary), 1.0)
+        for j in range(budgets)
+        for _ in range(summaries)
+    ]
     return Tree(tokens(prompt), tokens(thinking), branches, [1.0] * thinking)
 
 
 def written_out(tree: Tree) -> list[Tree]:
     """The trace, and each summary with a copy of its prefix, as trees without branches."""
     pieces = [Tree(tree.prompt, tree.thinking, [])]
-    return pieces + [Tree(tree.prompt + tree.thinking[:b.cut] + b.appended, b.summary, [])
-                     for b in tree.branches]
+    return pieces + [
+        Tree(tree.prompt + tree.thinking[: b.cut] + b.appended, b.summary, [])
+        for b in tree.branches
+    ]
 
 
 def seconds(work, *args) -> float:
@@ -81,22 +87,31 @@ def bench_tree(repeats: int):
     print("tree: forward + backward of one trace, 4 budgets × 4 summaries of 32 tokens")
     # A dense mask costs T² and a layer width²: the wide one has the layers of Qwen2.5-0.5B.
     for width, inner, lengths in ((256, 768, (512, 1024, 2048)), (896, 4864, (512, 1024))):
-        model = miniature.make_model(hidden_size=width, intermediate_size=inner,
-                                     num_attention_heads=width // 64,
-                                     num_key_value_heads=width // 64, max_position_embeddings=4096)
+        model = miniature.make_model(
+            hidden_size=width,
+            intermediate_size=inner,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 64,
+            max_position_embeddings=4096,
+        )
         for thinking in lengths:
             tree = make_tree(random.Random(0), thinking)
             packed, separate = pack([tree]), [pack([piece]) for piece in written_out(tree)]
 
-            pairs = [(seconds(run, model, [packed]), seconds(run, model, separate))
-                     for _ in range(repeats)]
+            pairs = [
+                (seconds(run, model, [packed]), seconds(run, model, separate))
+                for _ in range(repeats)
+            ]
             ratios = [b / a for a, b in pairs]
             tokens = len(packed.input_ids), sum(len(row.input_ids) for row in separate)
             packed_s, separate_s = (statistics.median(side) for side in zip(*pairs))
-            print(f"  width {width}, thinking {thinking:5}: {tokens[0]} tokens against {tokens[1]} "
-                  f"({tokens[1] / tokens[0]:.1f} × as many); {packed_s:.2f} s against "
-                  f"{separate_s:.2f} s: {statistics.median(ratios):.1f} × as fast "
-                  f"({min(ratios):.1f}-{max(ratios):.1f})", flush=True)
+            print(
+                f"  width {width}, thinking {thinking:5}: {tokens[0]} tokens against {tokens[1]} "
+                f"({tokens[1] / tokens[0]:.1f} × as many); {packed_s:.2f} s against "
+                f"{separate_s:.2f} s: {statistics.median(ratios):.1f} × as fast "
+                f"({min(ratios):.1f}-{max(ratios):.1f})",
+                flush=True,
+            )
 
 
 def peak_memory(vocabulary: int, tokens: int, chunk: int) -> float:
@@ -105,7 +120,7 @@ def peak_memory(vocabulary: int, tokens: int, chunk: int) -> float:
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     row = pack([make_tree(random.Random(0), tokens, summaries=0)])
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)            # part of any training, not of the log-probs
+        p.grad = torch.zeros_like(p)  # part of any training, not of the log-probs
     before = highest_resident()
     if chunk:
         token_logprobs(model, row, chunk=chunk).sum().backward()
@@ -124,11 +139,29 @@ def highest_resident() -> float:
 def bench_memory():
     print("memory: MiB added by log-probs, forward + backward, chunks of 1024 against all logits")
     for vocabulary, tokens in ((32_000, 2048), (32_000, 4096), (64_000, 2048)):
-        chunked, whole = (float(subprocess.run(
-            [sys.executable, __file__, "peak", "--sizes", str(vocabulary), str(tokens), str(chunk)],
-            capture_output=True, text=True, check=True).stdout) for chunk in (1024, 0))
-        print(f"  V {vocabulary:7} × {tokens} tokens: {chunked:6.0f} against {whole:6.0f} "
-              f"({vocabulary * tokens * 4 / 2**20:.0f} for one float32 copy of the logits)")
+        chunked, whole = (
+            float(
+                subprocess.run(
+                    [
+                        sys.executable,
+                        __file__,
+                        "peak",
+                        "--sizes",
+                        str(vocabulary),
+                        str(tokens),
+                        str(chunk),
+                    ],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
+            )
+            for chunk in (1024, 0)
+        )
+        print(
+            f"  V {vocabulary:7} × {tokens} tokens: {chunked:6.0f} against {whole:6.0f} "
+            f"({vocabulary * tokens * 4 / 2**20:.0f} for one float32 copy of the logits)"
+        )
 
 
 def bench_host(repeats: int):
@@ -145,8 +178,10 @@ def bench_host(repeats: int):
     print(f"host: 512 traces, {sum(map(len, trees))} tokens, 8 processes; of one of them:")
     packing = statistics.median(seconds(work) for _ in range(repeats))
     masks = statistics.median(seconds(lambda: [flex_mask(r) for r in rows]) for _ in range(repeats))
-    print(f"  balance and pack {packing:.2f} s; {len(rows)} block masks {masks:.2f} s (on a GPU it "
-          "counts these)")
+    print(
+        f"  balance and pack {packing:.2f} s; {len(rows)} block masks {masks:.2f} s (on a GPU it "
+        "counts these)"
+    )
     row = pack([make_tree(rng, 6000, summary=100)], 128)
     n = len(row.input_ids)
 
@@ -155,8 +190,10 @@ def bench_host(repeats: int):
 
     counted = statistics.median(seconds(lambda: flex_mask(row)) for _ in range(repeats))
     evaluated = seconds(lambda: create_block_mask(rule, None, None, n, n, device="cpu"))
-    print(f"  block mask of one row of {n} tokens: {1000 * counted:.1f} ms counted, "
-          f"{1000 * evaluated:.0f} ms by create_block_mask: {evaluated / counted:.0f} × as fast")
+    print(
+        f"  block mask of one row of {n} tokens: {1000 * counted:.1f} ms counted, "
+        f"{1000 * evaluated:.0f} ms by create_block_mask: {evaluated / counted:.0f} × as fast"
+    )
 
 
 def advantages_by_loop(rewards, returns, budgets, probs, decay):
@@ -190,9 +227,11 @@ def bench_advantages(repeats: int):
 
     pairs = [(seconds(tensors), seconds(loop)) for _ in range(repeats)]
     ratio = statistics.median(b / a for a, b in pairs)
-    print(f"advantages: {1000 * statistics.median(a for a, _ in pairs):.2f} ms against "
-          f"{1000 * statistics.median(b for _, b in pairs):.0f} ms in a loop: {ratio:.0f} × as "
-          f"fast, largest difference {(results[0] - results[1]).abs().max():.0e}")
+    print(
+        f"advantages: {1000 * statistics.median(a for a, _ in pairs):.2f} ms against "
+        f"{1000 * statistics.median(b for _, b in pairs):.0f} ms in a loop: {ratio:.0f} × as "
+        f"fast, largest difference {(results[0] - results[1]).abs().max():.0e}"
+    )
 
 
 def bench_step(repeats: int):
@@ -200,14 +239,30 @@ def bench_step(repeats: int):
     with tempfile.TemporaryDirectory() as directory:
         for row in (512, 1024, 2048):
             out = Path(directory) / str(row)
-            subprocess.run([sys.executable, ROOT / "train.py", "--steps", str(repeats + 1),
-                            "--max-tokens-per-row", str(row), "--eval-questions", "8",
-                            "--save-every", "0", "--output-dir", out],
-                           capture_output=True, check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    ROOT / "train.py",
+                    "--steps",
+                    str(repeats + 1),
+                    "--max-tokens-per-row",
+                    str(row),
+                    "--eval-questions",
+                    "8",
+                    "--save-every",
+                    "0",
+                    "--output-dir",
+                    out,
+                ],
+                capture_output=True,
+                check=True,
+            )
             lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][1:]
             parts = {k: statistics.median(x[k] for x in lines) for k in lines[0] if "time/" in k}
-            print(f"  rows of {row:4} tokens: " + "  ".join(
-                f"{k.removeprefix('time/')} {v:.2f}" for k, v in parts.items()))
+            print(
+                f"  rows of {row:4} tokens: "
+                + "  ".join(f"{k.removeprefix('time/')} {v:.2f}" for k, v in parts.items())
+            )
 
 
 def bench_sample(repeats: int):
@@ -217,9 +272,13 @@ def bench_sample(repeats: int):
     protocol, keep = Protocol.of(tokenizer, 7), engine._keep
 
     def sample():
-        return [s.tokens for r in sample_rollouts(
-            engine, questions[:16], (16, 32, 48, 64), 8, 4, protocol, 1.0, (0, 0))
-            for s in r.summaries]
+        return [
+            s.tokens
+            for r in sample_rollouts(
+                engine, questions[:16], (16, 32, 48, 64), 8, 4, protocol, 1.0, (0, 0)
+            )
+            for s in r.summaries
+        ]
 
     results, pairs = [], []
     for _ in range(repeats + 1):
@@ -228,18 +287,25 @@ def bench_sample(repeats: int):
             times.append(seconds(lambda: results.append(sample())))
         pairs.append(times)
     with_it, without = (statistics.median(side) for side in zip(*pairs[1:]))
-    print(f"sample: {with_it:.2f} s with reuse, {without:.2f} s without, "
-          f"{statistics.median(b / a for a, b in pairs[1:]):.2f} × as fast; the same tokens: "
-          f"{all(tokens == results[0] for tokens in results)}")
+    print(
+        f"sample: {with_it:.2f} s with reuse, {without:.2f} s without, "
+        f"{statistics.median(b / a for a, b in pairs[1:]):.2f} × as fast; the same tokens: "
+        f"{all(tokens == results[0] for tokens in results)}"
+    )
 
 
 def bench_threads(repeats: int):
     print("threads: wall time of a forward + backward of a row of 512 tokens, 1 against 2 threads")
     row = pack([make_tree(random.Random(0), 256, summary=16)])
     for hidden, layers in ((64, 3), (128, 4), (256, 4), (256, 8), (384, 8), (576, 12)):
-        model = miniature.make_model(hidden_size=hidden, intermediate_size=3 * hidden,
-                                     num_hidden_layers=layers, num_attention_heads=hidden // 64,
-                                     num_key_value_heads=hidden // 64, max_position_embeddings=1024)
+        model = miniature.make_model(
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 64,
+            max_position_embeddings=1024,
+        )
 
         def wall(threads, model=model):
             torch.set_num_threads(threads)
@@ -250,15 +316,18 @@ def bench_threads(repeats: int):
         wall(1), wall(2)
         pairs = [(wall(1), wall(2)) for _ in range(3 * repeats)]
         one = statistics.median(a for a, _ in pairs)
-        print(f"  {model.num_parameters() / 1e6:6.2f}M parameters: {1000 * one:6.0f} ms, with two "
-              f"threads {statistics.median(a / b for a, b in pairs):.2f} × as fast")
+        print(
+            f"  {model.num_parameters() / 1e6:6.2f}M parameters: {1000 * one:6.0f} ms, with two "
+            f"threads {statistics.median(a / b for a, b in pairs):.2f} × as fast"
+        )
     torch.set_num_threads(1)
 
 
 def main():
     parts = ("tree", "memory", "host", "advantages", "step", "sample", "threads")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=parts, choices=[*parts, "peak"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs=3, help=argparse.SUPPRESS)

@@ -46,9 +46,11 @@ import train  # noqa: E402
 from config import parse  # noqa: E402
 
 # Step 0 to 4 with a checkpoint after steps 1, 2 and 4: one is deleted, one replaced by nothing.
-FLAGS = ("--steps 4 --save-every 2 --keep-checkpoints 1 --questions-per-step 4 --num-rollouts 4 "
-         "--num-summaries 2 --eval-questions 4 --eval-samples 1 --eval-budgets 12 48 "
-         "--max-tokens-per-row 600 --eval-every 2").split()
+FLAGS = (
+    "--steps 4 --save-every 2 --keep-checkpoints 1 --questions-per-step 4 --num-rollouts 4 "
+    "--num-summaries 2 --eval-questions 4 --eval-samples 1 --eval-budgets 12 48 "
+    "--max-tokens-per-row 600 --eval-every 2"
+).split()
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -81,8 +83,9 @@ def watch(directory: Path, log: Path | None, kill_at: int, number: int):
     sys.addaudithook(hook)
 
 
-def launch(args: list[str], processes: int, out: Path, log=None, kill_at=0, number=0,
-           after: float = 0.0) -> list[int]:
+def launch(
+    args: list[str], processes: int, out: Path, log=None, kill_at=0, number=0, after: float = 0.0
+) -> list[int]:
     """Run train.py's main on so many forked processes; returns their exit codes (minus signal)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -97,8 +100,13 @@ def launch(args: list[str], processes: int, out: Path, log=None, kill_at=0, numb
             quiet = os.open(out.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port),
-                           "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+            }
             if rank == 0:
                 watch(out, log, kill_at, number)
             distributed.main(lambda: train.train(parse(args)))
@@ -125,17 +133,23 @@ def launch(args: list[str], processes: int, out: Path, log=None, kill_at=0, numb
 
 def result(out: Path) -> dict:
     """What must repeat."""
+
     def lines(name):
-        return [{k: v for k, v in json.loads(line).items()
-                 if not k.startswith(("time/", "verifier/"))}
-                for line in (out / name).read_text().splitlines()]
+        return [
+            {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "verifier/"))}
+            for line in (out / name).read_text().splitlines()
+        ]
 
     odd = [p.name for p in out.rglob("*") if p.suffix in (".partial", ".old", ".removed")]
-    return {"metrics": lines("metrics.jsonl"), "evaluations": lines("evals.jsonl"),
-            "eval.json": json.loads((out / "eval.json").read_text()), "left over": odd,
-            "model": (out / "model" / "model.safetensors").read_bytes(),
-            "checkpoints": sorted(p.name for p in (out / "checkpoints").iterdir()),
-            "rollouts": sorted(p.name for p in (out / "rollouts").iterdir())}
+    return {
+        "metrics": lines("metrics.jsonl"),
+        "evaluations": lines("evals.jsonl"),
+        "eval.json": json.loads((out / "eval.json").read_text()),
+        "left over": odd,
+        "model": (out / "model" / "model.safetensors").read_bytes(),
+        "checkpoints": sorted(p.name for p in (out / "checkpoints").iterdir()),
+        "rollouts": sorted(p.name for p in (out / "rollouts").iterdir()),
+    }
 
 
 def main():
@@ -146,7 +160,7 @@ def main():
     a = a.parse_args()
     work = Path(tempfile.mkdtemp(prefix="kill-anywhere-"))
     miniature.WARM_START |= {"steps": 100, "batch": 32}
-    if (child := os.fork()) == 0:       # torch's threads would not survive a later fork
+    if (child := os.fork()) == 0:  # torch's threads would not survive a later fork
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         miniature._write_base(work / "base", 0)
         os._exit(0)
@@ -160,12 +174,18 @@ def main():
         seconds = time.monotonic() - start
         assert codes == [0] * processes, (work / "output.txt").read_text()[-3000:]
         wanted, operations = result(whole), log.read_text().splitlines()
-        print(f"{processes} process(es): {len(operations)} file operations, {seconds:.0f} s",
-              flush=True)
-        points = [(f"before {i}: {operations[i - 1]}", {"kill_at": i})
-                  for i in range(1, len(operations) + 1, a.every)]
-        points += [(f"after {t:.2f} s", {"after": t})
-                   for t in (rng.uniform(0.1, seconds) for _ in range(a.random))]
+        print(
+            f"{processes} process(es): {len(operations)} file operations, {seconds:.0f} s",
+            flush=True,
+        )
+        points = [
+            (f"before {i}: {operations[i - 1]}", {"kill_at": i})
+            for i in range(1, len(operations) + 1, a.every)
+        ]
+        points += [
+            (f"after {t:.2f} s", {"after": t})
+            for t in (rng.uniform(0.1, seconds) for _ in range(a.random))
+        ]
         for number in (signal.SIGKILL, signal.SIGTERM):
             for name, where in points:
                 out = work / "broken"
@@ -177,10 +197,15 @@ def main():
                 different = [k for k in wanted if got.get(k) != wanted[k]]
                 tried, failed = tried + 1, failed + bool(different)
                 if different:
-                    print(f"FAILED {number.name} {name}: exit codes {first}, then {then}; "
-                          f"different: {different}", flush=True)
-    print(f"{tried - failed} of {tried} points resumed to the undisturbed run, to the bit "
-          f"({time.time() - begin:.0f} s; {work})")
+                    print(
+                        f"FAILED {number.name} {name}: exit codes {first}, then {then}; "
+                        f"different: {different}",
+                        flush=True,
+                    )
+    print(
+        f"{tried - failed} of {tried} points resumed to the undisturbed run, to the bit "
+        f"({time.time() - begin:.0f} s; {work})"
+    )
     sys.exit(failed > 0)
 
 

@@ -46,7 +46,7 @@ def make(path: Path) -> Path:
 
     tokenizer = make_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(source(), gguf_file=GGUF)
-    del model.config.quantization_config, model.hf_quantizer    # it is in floats from here on
+    del model.config.quantization_config, model.hf_quantizer  # it is in floats from here on
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     # Both begin as line breaks, a little weaker: traces then close themselves now and then.
     (newline,) = tokenizer.encode("\n", add_special_tokens=False)

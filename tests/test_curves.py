@@ -20,8 +20,14 @@ BUDGETS = (10, 20, 40)
 
 
 def record(question, sample, scores, tokens=5, finish="closed"):
-    return {"question": question, "sample": sample, "thinking_tokens": tokens, "finish": finish,
-            "summary_tokens": 4.0, "scores": scores}
+    return {
+        "question": question,
+        "sample": sample,
+        "thinking_tokens": tokens,
+        "finish": finish,
+        "summary_tokens": 4.0,
+        "scores": scores,
+    }
 
 
 def random_columns(n, seed, shift=0.0):
@@ -33,28 +39,35 @@ def random_columns(n, seed, shift=0.0):
 def test_a_record_keeps_fractional_scores_and_writes_verdicts_as_whole_numbers():
     question = SimpleNamespace(index=1)
     summaries = [SimpleNamespace(score=s, tokens=[1]) for s in (0.25, 1.0, 0.0, 0.5)]
-    rollout = SimpleNamespace(question=question, sample=0, finish="closed", thinking=[1],
-                              summaries=summaries)
+    rollout = SimpleNamespace(
+        question=question, sample=0, finish="closed", thinking=[1], summaries=summaries
+    )
     scores = curves.record(rollout, (10, 20), None)["scores"]
     assert scores == [[0.25, 1], [0, 0.5]] and type(scores[0][1]) is int
 
 
 def test_a_question_is_the_mean_of_its_samples():
-    rows = per_question([
-        record(1, 0, [[1, 0], [1, 1], [0, 0]], tokens=9, finish="length"),
-        record(0, 0, [[0, 0], [1, 1], [1, 1]]),
-        record(1, 1, [[0, 0], [0, 0], [1, 0]], tokens=3),
-    ])
+    rows = per_question(
+        [
+            record(1, 0, [[1, 0], [1, 1], [0, 0]], tokens=9, finish="length"),
+            record(0, 0, [[0, 0], [1, 1], [1, 1]]),
+            record(1, 1, [[0, 0], [0, 0], [1, 0]], tokens=3),
+        ]
+    )
     # accuracies, thinking tokens, closed, overthinking (question 1: its first sample), summary
     assert rows.tolist() == [[0, 1, 1, 5, 1, 0, 4], [0.25, 0.5, 0.25, 6, 0.5, 0.5, 4]]
 
 
 def test_tokens_to_a_share_of_the_final_accuracy_by_hand():
-    accuracy = np.array([[0.1, 0.5, 1.0],   # 0.9 lies 0.4 / 0.5 of the way from 20 to 40
-                         [0.6, 0.6, 0.6],   # there from the first budget on
-                         [0.0, 0.8, 0.8],   # 0.72 of 0.8: nine tenths of the way from 10 to 20
-                         [0.9, 0.2, 0.5],   # the first time counts
-                         [0.3, 0.1, 0.0]])  # nothing to reach
+    accuracy = np.array(
+        [
+            [0.1, 0.5, 1.0],  # 0.9 lies 0.4 / 0.5 of the way from 20 to 40
+            [0.6, 0.6, 0.6],  # there from the first budget on
+            [0.0, 0.8, 0.8],  # 0.72 of 0.8: nine tenths of the way from 10 to 20
+            [0.9, 0.2, 0.5],  # the first time counts
+            [0.3, 0.1, 0.0],
+        ]
+    )  # nothing to reach
     expected = [36, 10, 19, 10, np.nan]
     assert tokens_to_share(accuracy, BUDGETS) == pytest.approx(expected, nan_ok=True)
     assert tokens_to_share(accuracy[2], BUDGETS) == pytest.approx(19)
@@ -112,13 +125,18 @@ def test_the_variance_figure_by_brute_force():
     """30 questions, 4 samples in 2 groups of G = 2, A = 2, five budgets of which four are used."""
     rng = np.random.default_rng(0)
     budgets, quarters = (2, 3, 4, 6, 8), (2, 4, 6, 8)
-    records = [record(q, s, rng.integers(0, 2, (5, 2)).tolist(), tokens=int(rng.integers(1, 9)))
-               for q in range(30) for s in range(4)]
+    records = [
+        record(q, s, rng.integers(0, 2, (5, 2)).tolist(), tokens=int(rng.integers(1, 9)))
+        for q in range(30)
+        for s in range(4)
+    ]
     figure = variance_figure({"a": records}, budgets, 0.6, group=2)
     assert figure["budgets"] == list(quarters) and (figure["G"], figure["A"]) == (2, 2)
     assert figure["paper"] is None  # other sizes: another quantity
-    r = {(x["question"], x["sample"]): np.mean([x["scores"][j] for j in (0, 2, 3, 4)], axis=1)
-         for x in records}
+    r = {
+        (x["question"], x["sample"]): np.mean([x["scores"][j] for j in (0, 2, 3, 4)], axis=1)
+        for x in records
+    }
     returns = {k: np.array([v[j:].sum() / 4 for j in range(4)]) for k, v in r.items()}
     for j, start in enumerate((0, 2, 4, 6)):
         kept = [x for x in records if x["thinking_tokens"] > start]
@@ -137,8 +155,11 @@ def test_the_variance_figure_by_brute_force():
 
 def test_the_papers_variance_is_named_only_for_the_same_quantity():
     rng = np.random.default_rng(0)
-    records = [record(q, s, rng.integers(0, 2, (4, 4)).tolist(), tokens=9000)
-               for q in range(4) for s in range(8)]
+    records = [
+        record(q, s, rng.integers(0, 2, (4, 4)).tolist(), tokens=9000)
+        for q in range(4)
+        for s in range(8)
+    ]
     budgets = (2000, 4000, 6000, 8000)
     assert "0.33-0.45" in variance_figure({"a": records}, budgets, 0.6, 8)["paper"]
     assert variance_figure({"a": records}, budgets, 1.0, 8)["paper"] is None

@@ -260,13 +260,19 @@ def test_system_prompt_and_chat_template_arguments_reach_the_template():
     assert chat_options(("a=1", "b=x y", "c=true")) == {"a": 1, "b": "x y", "c": True}
 
 
-@pytest.mark.parametrize("name, changes, refused", [
-    ("Qwen2", {}, False), ("Qwen3", {}, False), ("Llama", {}, False),
-    ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, True),
-    ("Qwen2", {"use_sliding_window": False, "sliding_window": 8}, False),
-    ("Mistral", {"sliding_window": 8}, True), ("Mistral", {"sliding_window": None}, False),
-    ("Gemma3Text", {}, True),
-])
+@pytest.mark.parametrize(
+    "name, changes, refused",
+    [
+        ("Qwen2", {}, False),
+        ("Qwen3", {}, False),
+        ("Llama", {}, False),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, True),
+        ("Qwen2", {"use_sliding_window": False, "sliding_window": 8}, False),
+        ("Mistral", {"sliding_window": 8}, True),
+        ("Mistral", {"sliding_window": None}, False),
+        ("Gemma3Text", {}, True),
+    ],
+)
 def test_layers_that_do_not_see_the_whole_context_are_refused(
     tmp_path, name, changes, refused, capsys
 ):

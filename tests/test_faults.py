@@ -157,9 +157,7 @@ def test_a_destroyed_policy_is_loud(change, warning):
 # ------------------------------------------------------------------------- the run's directory
 
 
-def test_a_second_run_in_the_directory_gets_one_line_and_code_2(
-    tiny_model_path, tmp_path, capsys
-):
+def test_a_second_run_in_the_directory_gets_one_line_and_code_2(tiny_model_path, tmp_path, capsys):
     args = arguments(tiny_model_path, tmp_path / "out")
     first = train.prepare(parse(args))
     with pytest.raises(SystemExit) as e, distributed.exit_on_bad_input():
@@ -241,16 +239,26 @@ def test_a_delete_or_a_replace_that_a_kill_interrupts_is_completed_at_the_next_s
 def test_what_a_kill_left_undeleted_goes_at_the_next_start(copy, trained_model_path):
     """Killed between a checkpoint's last rename and the deletion of what it makes needless."""
     (copy / "rollouts" / "step-00000003.json").write_text("")
-    train.train(parse([*arguments(trained_model_path, copy, "--steps", 4, "--save-every", 2),
-                       "--keep-checkpoints", "1", "--resume", "auto"]))
+    train.train(
+        parse(
+            [
+                *arguments(trained_model_path, copy, "--steps", 4, "--save-every", 2),
+                "--keep-checkpoints",
+                "1",
+                "--resume",
+                "auto",
+            ]
+        )
+    )
     assert [p.name for p in (copy / "checkpoints").iterdir()] == ["step-00000004"]
     assert not list((copy / "rollouts").iterdir())
 
 
 def test_files_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
     done, fsync, rename = [], os.fsync, type(tmp_path).rename
-    monkeypatch.setattr(os, "fsync", lambda d: (done.append(os.readlink(f"/proc/self/fd/{d}")),
-                                                fsync(d))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda d: (done.append(os.readlink(f"/proc/self/fd/{d}")), fsync(d))[1]
+    )
     monkeypatch.setattr(
         type(tmp_path), "rename", lambda p, t: (done.append(f"rename {p}"), rename(p, t))[1]
     )
@@ -423,9 +431,7 @@ def test_history_comes_along_and_is_compared_only_where_it_agrees(
     assert json.loads((tmp_path / "new" / "eval.json").read_text())["before"]["step"] == 4
 
 
-def test_a_refusal_while_loading_leaves_the_directory_free(
-    tiny_model_path, tmp_path, monkeypatch
-):
+def test_a_refusal_while_loading_leaves_the_directory_free(tiny_model_path, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("no memory for it")
 

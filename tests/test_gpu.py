@@ -1,6 +1,6 @@
 """What only a GPU can show. Skipped without CUDA; not run on one yet.
 
-    python -m pytest -q tests/test_gpu.py
+python -m pytest -q tests/test_gpu.py
 """
 
 import pytest
@@ -16,7 +16,7 @@ from packing import Tree, pack
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LIMIT = preflight.LIMIT["cuda"]
 MIB = 2**20
-TOKENS = 32768      # a row that is long for this model
+TOKENS = 32768  # a row that is long for this model
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,14 @@ def test_memory_of_an_update_is_as_planned(policy, planned):
 def test_the_preflight_passes(engine, processes, trained_model_path, tmp_path):
     if engine == "vllm":
         pytest.importorskip("vllm")
-    text = run_script("preflight.py", "--model", trained_model_path, "--engine", engine,
-                      "--output-dir", tmp_path / "out", processes=processes)
+    text = run_script(
+        "preflight.py",
+        "--model",
+        trained_model_path,
+        "--engine",
+        engine,
+        "--output-dir",
+        tmp_path / "out",
+        processes=processes,
+    )
     assert "FAIL" not in text and "FlexAttention against dense" in text

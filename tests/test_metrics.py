@@ -13,7 +13,7 @@ from config import parse
 from metrics import flat, require_logger
 
 # What wandb is to us: init, a run with log and finish, Image.
-FAKE_WANDB = '''
+FAKE_WANDB = """
 import json, pathlib
 class Image(str): pass
 class Run:
@@ -24,7 +24,7 @@ class Run:
         self.file.write(json.dumps({"step": step, "values": values, "images": images}) + "\\n")
     def finish(self): self.file.write('"finished"\\n'); self.file.close()
 def init(project, name, dir, config): assert config["num_budgets"] == 4; return Run(dir)
-'''
+"""
 
 
 def test_flat():
@@ -40,8 +40,19 @@ def test_a_logger_that_is_not_installed_is_refused_with_the_fix(monkeypatch):
 
 
 def arguments(model, out, log) -> list[str]:
-    return ["--model", str(model), "--steps", "2", "--save-every", "0", "--output-dir", str(out),
-            "--logger", log, *SMALL]
+    return [
+        "--model",
+        str(model),
+        "--steps",
+        "2",
+        "--save-every",
+        "0",
+        "--output-dir",
+        str(out),
+        "--logger",
+        log,
+        *SMALL,
+    ]
 
 
 def test_wandb_gets_the_keys_of_metrics_jsonl_and_a_log_file_gets_no_bar(
@@ -73,7 +84,8 @@ def test_tensorboard(trained_model_path, tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
     assert {"loss", "reward/4", "variance/residual/brpo/1"} <= set(events.Tags()["scalars"])
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (m["step"], pytest.approx(m["loss"])) for m in metrics]
+        (m["step"], pytest.approx(m["loss"])) for m in metrics
+    ]
     assert [e.step for e in events.Images("anytime_curve")] == [0, 2]
 
 

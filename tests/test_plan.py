@@ -18,13 +18,30 @@ import plan
 from config import PRESETS, Config
 from packing import Tree, pack
 
-SHAPE = dict(hidden_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=1024, vocab_size=20000, max_position_embeddings=4096,
-             tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+SHAPE = dict(
+    hidden_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=1024,
+    vocab_size=20000,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=None,
+)
 # DeepSeek-R1-Distill-Qwen-1.5B, as its config.json states it.
-REAL = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-            intermediate_size=8960, vocab_size=151936, max_position_embeddings=131072,
-            tie_word_embeddings=False)
+REAL = dict(
+    hidden_size=1536,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    intermediate_size=8960,
+    vocab_size=151936,
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+)
 TOKENS = 1024
 # Of the peak: PyTorch's CPU kernels keep workspaces of their own, and attention there is another.
 TOLERANCE = 0.1
@@ -32,7 +49,7 @@ TOLERANCE = 0.1
 
 @pytest.fixture(scope="module")
 def peaks():
-    distributed.stop()      # a test before may have ended with its group of processes
+    distributed.stop()  # a test before may have ended with its group of processes
     config = Qwen2Config(**SHAPE)
     return {world: plan.training_peak(config, world, TOKENS) for world in (1, 2)}
 
@@ -51,8 +68,18 @@ def test_weights_and_moments_by_hand(peaks):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.skipif(
-    os.environ.get("RUN_SLOW") != "1", reason="RUN_SLOW=1: two processes check the same")), 2])
+@pytest.mark.parametrize(
+    "processes",
+    [
+        pytest.param(
+            1,
+            marks=pytest.mark.skipif(
+                os.environ.get("RUN_SLOW") != "1", reason="RUN_SLOW=1: two processes check the same"
+            ),
+        ),
+        2,
+    ],
+)
 def test_the_peak_of_a_real_process(peaks, processes, tmp_path):
     """A real update of the same shapes, its resident memory against the planned bytes."""
     # Large blocks straight from the system and back: resident memory follows the tensors.
@@ -61,8 +88,10 @@ def test_the_peak_of_a_real_process(peaks, processes, tmp_path):
         run_script("tests/test_plan.py", tmp_path / "peak.json", processes=processes)
     measured = json.loads((tmp_path / "peak.json").read_text())
     planned = sum(peaks[processes].values()) - peaks[processes]["parameters"]
-    print(f"{processes} process(es): planned {planned / 2**20:.0f} MiB, "
-          f"measured {measured / 2**20:.0f} MiB")
+    print(
+        f"{processes} process(es): planned {planned / 2**20:.0f} MiB, "
+        f"measured {measured / 2**20:.0f} MiB"
+    )
     assert measured == pytest.approx(planned, rel=TOLERANCE)
 
 
@@ -95,14 +124,14 @@ def measure(path: Path):
     """One update of two rows as train.py does it on GPUs: bfloat16, recomputation, FSDP2."""
     device = distributed.start()
     for shape, tokens in ((SHAPE | {"vocab_size": 100, "hidden_size": 64}, 128), (SHAPE, TOKENS)):
-        before = rss("VmRSS")       # the first, small pass loads libraries and starts threads
+        before = rss("VmRSS")  # the first, small pass loads libraries and starts threads
         model = Qwen2ForCausalLM(Qwen2Config(**shape, attn_implementation="sdpa"))
         distributed.make_trainable(model, gpu=True)
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
         row = pack([Tree([1], [1] * (tokens - 1), [])]).to(device)
         for update in range(2):
             if update:
-                Path("/proc/self/clear_refs").write_text("5")       # VmHWM starts again from here
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
             for last in (False, True):
                 distributed.accumulate(model, last)
                 model.token_logprobs(row, 1.0).sum().backward()

@@ -20,8 +20,14 @@ def test_a_picture_shows_the_mean_and_every_set_with_labels(sets, tmp_path, monk
 
     def spy(figure, *args, **kwargs):
         for axes in figure.axes:
-            seen.append((axes.get_title("left"), len(axes.lines), len(axes.collections),
-                         [t.get_text() for t in axes.texts]))
+            seen.append(
+                (
+                    axes.get_title("left"),
+                    len(axes.lines),
+                    len(axes.collections),
+                    [t.get_text() for t in axes.texts],
+                )
+            )
         assert figure.get_figwidth() * 100 == 720 and figure.get_facecolor() == (1, 1, 1, 1)
         save(figure, *args, **kwargs)
 
@@ -38,8 +44,12 @@ def test_a_picture_shows_the_mean_and_every_set_with_labels(sets, tmp_path, monk
 
 def test_a_curve_needs_no_more_than_accuracies(tmp_path):
     """What the comparison over seeds draws: no errors but its own."""
-    plain = {"budgets": [1, 2], "accuracy": [0.1, 0.9], "anytime_accuracy": 0.5,
-             "sets": {"": {"stderr": [0.1, 0.1]}}}
+    plain = {
+        "budgets": [1, 2],
+        "accuracy": [0.1, 0.9],
+        "anytime_accuracy": 0.5,
+        "sets": {"": {"stderr": [0.1, 0.1]}},
+    }
     draw_curves({"x": plain}, tmp_path / "curve.png", band="shaded: ± 1 standard deviation")
     assert (tmp_path / "curve.png").exists()
 
@@ -51,7 +61,13 @@ def test_the_table_has_every_number_with_its_error_and_the_differences():
     lines = [line.strip("|").split(" | ") for line in text.splitlines() if line]
     lines = [[cell.strip() for cell in line] for line in lines]
     assert [line[:2] for line in lines[2:8]] == [
-        ["x", "mean"], ["x", "a"], ["x", "b"], ["y", "mean"], ["y", "a"], ["y", "b"]]
+        ["x", "mean"],
+        ["x", "a"],
+        ["x", "b"],
+        ["y", "mean"],
+        ["y", "a"],
+        ["y", "b"],
+    ]
     value, error = first["sets"]["a"]["anytime_accuracy"], first["sets"]["a"]["errors"]
     assert lines[3][2] == f"{value:.3f} ± {error['anytime_accuracy']:.3f}"
     of = differences["mean"]["final_accuracy"]

@@ -12,9 +12,14 @@ from transformers import AutoModelForCausalLM
 import packing
 import preflight
 
-PARTS = ["updates without a gradient", "sampler against trainer", "the same after a weight sync",
-         "the same after a resume", "the resumed step repeats itself",
-         "a tree against separate sequences"]
+PARTS = [
+    "updates without a gradient",
+    "sampler against trainer",
+    "the same after a weight sync",
+    "the same after a resume",
+    "the resumed step repeats itself",
+    "a tree against separate sequences",
+]
 # A sampler that keeps its first weights, whatever it is given.
 STALE = """
 import sys, engines, preflight
@@ -33,16 +38,34 @@ def verdicts(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_every_part_passes(processes, trained_model_path, tmp_path):
-    text = run_script("preflight.py", "--model", trained_model_path, "--output-dir",
-                      tmp_path / "out", processes=processes)
+    text = run_script(
+        "preflight.py",
+        "--model",
+        trained_model_path,
+        "--output-dir",
+        tmp_path / "out",
+        processes=processes,
+    )
     assert verdicts(text) == dict.fromkeys(PARTS, "ok"), text[-3000:]
     assert "FlexAttention against dense" in text and "memory" in text
 
 
 def test_a_sampler_that_misses_its_sync_fails(trained_model_path, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", STALE, "--model", str(trained_model_path), "--output-dir",
-         str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT, timeout=240)
+        [
+            sys.executable,
+            "-c",
+            STALE,
+            "--model",
+            str(trained_model_path),
+            "--output-dir",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+    )
     found = verdicts(done.stdout)
     assert done.returncode == 1, done.stderr[-3000:]
     assert found.get("sampler against trainer") == "ok", done.stdout + done.stderr[-3000:]
@@ -55,8 +78,13 @@ def test_a_wrong_mask_fails(tiny_model_path, monkeypatch):
     model.token_logprobs = MethodType(packing.token_logprobs, model)
     assert preflight.tree_against_separate(model, "cpu") < preflight.LIMIT["cpu"]
     # A branch that sees its whole trunk, beyond the cut too.
-    monkeypatch.setattr(packing, "is_visible", lambda q, k, branch, trunk, trunk_end:
-                        (k <= q) & ((branch[k] == branch[q]) | (branch[k] == trunk[q])))
+    monkeypatch.setattr(
+        packing,
+        "is_visible",
+        lambda q, k, branch, trunk, trunk_end: (
+            (k <= q) & ((branch[k] == branch[q]) | (branch[k] == trunk[q]))
+        ),
+    )
     assert preflight.tree_against_separate(model, "cpu") > 10 * preflight.LIMIT["cpu"]
 
 

@@ -267,16 +267,22 @@ def test_one_token_steps_give_the_same_tokens_one_at_a_time(engine):
 
 @pytest.mark.parametrize("room, kept_all", [(2**17, True), (40, False), (0, False)])
 def test_summaries_reuse_the_keys_and_values_of_their_trace(
-        engine, tokenizer, monkeypatch, room, kept_all):
+    engine, tokenizer, monkeypatch, room, kept_all
+):
     """Same tokens as from the whole prefix, of which only the appended text is computed again. With
     room for few traces or none, the others are."""
     protocol, widths, forward = Protocol.of(tokenizer, 5), [], engine.model.forward
-    questions = [Question(i, "", "4", tuple(tokenizer.encode(text + " ?<think>")))
-                 for i, text in enumerate(("2 +2", "7 *3 -1 +4"))]
+    questions = [
+        Question(i, "", "4", tuple(tokenizer.encode(text + " ?<think>")))
+        for i, text in enumerate(("2 +2", "7 *3 -1 +4"))
+    ]
 
     def sampled():
-        return [(s.tokens, s.logp) for r in sample_rollouts(
-            engine, questions, (4, 9, 12), 4, 2, protocol, 1.0, (0, 0)) for s in r.summaries]
+        return [
+            (s.tokens, s.logp)
+            for r in sample_rollouts(engine, questions, (4, 9, 12), 4, 2, protocol, 1.0, (0, 0))
+            for s in r.summaries
+        ]
 
     def recorded(**inputs):
         widths.append(inputs["input_ids"].shape[1])
@@ -298,7 +304,7 @@ def test_summaries_reuse_the_keys_and_values_of_their_trace(
     for (tokens, logp), (same, close) in zip(sampled(), expected, strict=True):
         assert tokens == same and logp == pytest.approx(close, abs=1e-5)
     assert max(kept) == 8 if kept_all else max(kept) < 8 and bool(max(kept)) == bool(room)
-    prompt, *others = [w for w in widths if w > 1]      # a forward each, besides single tokens
+    prompt, *others = [w for w in widths if w > 1]  # a forward each, besides single tokens
     assert prompt == 6
     # One more than the appended text: a trace's last token was sampled, but never computed.
     appended = len(protocol.cut_text + protocol.answer_header)
@@ -308,16 +314,22 @@ def test_summaries_reuse_the_keys_and_values_of_their_trace(
 def test_a_model_with_sliding_windows_is_sampled_as_without_reuse(tokenizer, tmp_path):
     """A window's layer has dropped the early keys of a long trace, so nothing of it is reused."""
     torch.manual_seed(0)
-    small = MistralConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                          sliding_window=6)
+    small = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+    )
     MistralForCausalLM(small).save_pretrained(tmp_path)
     sliding, protocol = PlainEngine(str(tmp_path)), Protocol.of(tokenizer, 5)
     questions = [Question(0, "", "4", tuple(tokenizer.encode("2 +2 ?<think>")))]
     for r in sample_rollouts(sliding, questions, (4, 9, 12), 4, 2, protocol, 1.0, (0, 0)):
         for s in r.summaries:
-            prompt = [*r.question.prompt, *r.thinking[:s.cut], *s.appended, *s.tokens]
-            logits = sliding.model(torch.tensor([prompt])).logits[0, -len(s.tokens) - 1:-1]
+            prompt = [*r.question.prompt, *r.thinking[: s.cut], *s.appended, *s.tokens]
+            logits = sliding.model(torch.tensor([prompt])).logits[0, -len(s.tokens) - 1 : -1]
             logp = logits.log_softmax(-1)[range(len(s.tokens)), s.tokens]
             assert s.logp == pytest.approx(logp.tolist(), abs=1e-5)
 
@@ -332,8 +344,9 @@ def test_kept_keys_end_with_the_weights_they_are_of(engine, tokenizer):
 
 def test_batches_are_bounded_by_tokens(engine, monkeypatch):
     """A batch's cache grows to requests x longest sequence: long prompts run in smaller batches."""
-    requests = [Request(f"{n}-{i}", (20,) * n, 8, (4,), i, 1.0)
-                for n in (3, 30, 60) for i in range(6)]
+    requests = [
+        Request(f"{n}-{i}", (20,) * n, 8, (4,), i, 1.0) for n in (3, 30, 60) for i in range(6)
+    ]
 
     def sampled():
         for r in requests:
@@ -350,7 +363,7 @@ def test_batches_are_bounded_by_tokens(engine, monkeypatch):
     monkeypatch.setattr(engine, "max_batch_tokens", 140)
     assert sampled() == together
     assert len(sizes) == 6 and max(sizes) <= 140
-    monkeypatch.setattr(engine, "max_batch_tokens", 10)     # no room even for one: one at a time
+    monkeypatch.setattr(engine, "max_batch_tokens", 10)  # no room even for one: one at a time
     assert sampled() == together and len(sizes) == 6 + len(requests)
     assert engine.step() == []
 

@@ -12,7 +12,7 @@ def test_a_paired_difference_counts_beyond_its_noise():
     assert study.paired([0.0, 0.1, 0.2]) == "+0.100 ± 0.058 (noise)"
     # t = 0.1 / (0.01 / sqrt 3) = 17.3
     assert study.paired([0.09, 0.1, 0.11]) == "+0.100 ± 0.006"
-    assert study.paired([0.3]) == "+0.300 ± 0.000 (noise)"      # one pair says nothing
+    assert study.paired([0.3]) == "+0.300 ± 0.000 (noise)"  # one pair says nothing
 
 
 def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
@@ -24,13 +24,21 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
         value = known.setdefault((variant, seed, lr), round(0.2 + 0.003 * len(known), 3))
         out = study.directory(variant, seed, lr)
         out.mkdir(parents=True, exist_ok=True)
-        entry = {"step": 50, "budgets": budgets, "accuracy": [value] * 4, "anytime_accuracy": value,
-                 "final_accuracy": value, "thinking_tokens": 40.0}
+        entry = {
+            "step": 50,
+            "budgets": budgets,
+            "accuracy": [value] * 4,
+            "anytime_accuracy": value,
+            "final_accuracy": value,
+            "thinking_tokens": 40.0,
+        }
         before = entry | {"step": 0, "accuracy": [0.1] * 4, "anytime_accuracy": 0.1}
         (out / "eval.json").write_text(json.dumps(entry | {"before": before}))
         (out / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (before, entry)))
-        residuals = {f"variance_trained/residual/{b}": [1.0, 0.9, None, value]
-                     for b in ("brpo", "group", "loo", "progress", "fitted")}
+        residuals = {
+            f"variance_trained/residual/{b}": [1.0, 0.9, None, value]
+            for b in ("brpo", "group", "loo", "progress", "fitted")
+        }
         lines = [residuals, residuals | {k: [0.5, 0.5, 0.5, value] for k in residuals}]
         (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
@@ -42,10 +50,10 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
         for variant in study.TUNED:
             for lr in study.RATES:
                 write(variant, seed, lr)
-    assert study.best_rate("grpo") == study.RATES[-1]       # the last one written is the highest
+    assert study.best_rate("grpo") == study.RATES[-1]  # the last one written is the highest
     study.write_results((0, 1), {"ar-uniform": 6e-4, "grpo": 3e-4}, tmp_path)
     text = (tmp_path / "study.md").read_text()
-    results = text[text.index("|  | @8"):]
+    results = text[text.index("|  | @8") :]
     for variant, lr in (("grpo-vr", 6e-4), ("grpo", 3e-4), ("ar-uniform, loo", 6e-4)):
         mean = (known[variant, 0, lr] + known[variant, 1, lr]) / 2
         row = next(line for line in results.splitlines() if line.startswith(f"| `{variant}` |"))
@@ -53,7 +61,7 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
     gap = sum(known["ar-uniform", s, 6e-4] - known["grpo", s, 3e-4] for s in (0, 1)) / 2
     row = next(line for line in text.splitlines() if "46.0 against 43.0" in line)
     assert f"{gap:+.3f} ± " in row
-    assert "| `brpo` | 0.75 | 0.70 | 0.50 |" in text        # null is left out of the mean
+    assert "| `brpo` | 0.75 | 0.70 | 0.50 |" in text  # null is left out of the mean
     assert (tmp_path / "study.png").stat().st_size > 10_000
     assert (tmp_path / "anytime_curve.png").exists()
 

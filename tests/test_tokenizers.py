@@ -9,16 +9,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from data import load_rows, make_questions
 from rollout import ANSWER_HEADER, CUT_TEXT, Protocol
 
-R1_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
-             "<think>", "</think>")
+R1_TOKENS = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    "</think>",
+)
 R1_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}{% else %}"
     "{{ '<｜Assistant｜>' + m['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
-TEXTS = ["Find $x$ if $2x + 3 = 11$.", "What is \\frac{1}{2} of 60%? Round to 1.5 {units}.",
-         "A train leaves at 9:40 and arrives at 12:05.\n\nHow many minutes is that?"]
+TEXTS = [
+    "Find $x$ if $2x + 3 = 11$.",
+    "What is \\frac{1}{2} of 60%? Round to 1.5 {units}.",
+    "A train leaves at 9:40 and arrives at 12:05.\n\nHow many minutes is that?",
+]
 
 
 def r1_tokenizer():
@@ -31,14 +40,21 @@ def r1_tokenizer():
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
         [*TEXTS, "**Final Answer**\n\\boxed{12}", "Wait ... so\n\n...\n\n"] * 3,
-        trainers.BpeTrainer(vocab_size=600, show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        trainers.BpeTrainer(
+            vocab_size=600,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
     )
     for token in R1_TOKENS:
         core.add_tokens([AddedToken(token, normalized=False, special="think" not in token)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=R1_TOKENS[0], eos_token=R1_TOKENS[1],
-        pad_token=R1_TOKENS[1], chat_template=R1_CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
+        tokenizer_object=core,
+        bos_token=R1_TOKENS[0],
+        eos_token=R1_TOKENS[1],
+        pad_token=R1_TOKENS[1],
+        chat_template=R1_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
     )
 
 

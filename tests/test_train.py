@@ -137,8 +137,9 @@ def test_a_process_without_a_trace_and_an_untied_head(trained_model_path, tmp_pa
 @pytest.mark.parametrize("hidden, asked", [(64, [1]), (1024, [])])
 def test_only_a_tiny_model_is_held_to_one_cpu_thread(tmp_path, monkeypatch, hidden, asked):
     """By its parameters, counted from the config alone; else torch's choice stands."""
-    Qwen2Config(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=2,
-                vocab_size=99).save_pretrained(tmp_path)
+    Qwen2Config(
+        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=2, vocab_size=99
+    ).save_pretrained(tmp_path)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     train.distributed.limit_threads(str(tmp_path))

@@ -167,7 +167,7 @@ def test_killed_workers_cost_the_pairs_they_had_and_no_other():
         stuck = [verifier.submit(*STUCK), verifier.submit(*also_stuck)]
         queued = [verifier.submit(*fresh(k)) for k in range(4)]
         wait_for(lambda: len(workers(verifier)) == 2)
-        time.sleep(2)       # both import math-verify, then work on what never ends
+        time.sleep(2)  # both import math-verify, then work on what never ends
         for pid in workers(verifier):
             os.kill(pid, signal.SIGKILL)
         assert [f.result(timeout=20) for f in [*stuck, *queued]] == [0, 0, 1, 1, 1, 1]
@@ -313,8 +313,10 @@ def script_with(tmp_path, body, head=""):
 
 
 # The handler first: a shell starts background jobs, and so these tests, with SIGINT ignored.
-CTRL_C = ("signal.signal(signal.SIGINT, signal.default_int_handler); "
-          "os.kill(os.getpid(), signal.SIGINT); time.sleep(20)")
+CTRL_C = (
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"
+)
 
 
 @pytest.mark.parametrize(
