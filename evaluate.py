@@ -16,18 +16,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import distributed
-from config import Evaluation, evaluation_config, refuse_empty
-from curves import curve_of, fingerprint, read_records, record, write_records
-from data import Question
-from engines import make_engine
-from plots import labels_of, write_results
-from reward_function import make_verifier
 from rollout import Protocol, make_grader, sample_rollouts
-from rundir import digest
-from startup import prepare_evaluation
-from verifier import Verifier
-from watch import ask
+from runtime import distributed
+from runtime.config import Evaluation, evaluation_config, refuse_empty
+from runtime.curves import curve_of, fingerprint, read_records, record, write_records
+from runtime.data import Question
+from runtime.engines import make_engine
+from runtime.plots import labels_of, write_results
+from runtime.rundir import digest
+from runtime.startup import prepare_evaluation
+from runtime.watch import ask
+from tasks.reward_function import make_verifier
+from tasks.verifier import Verifier
 
 EVALUATION = 2**31  # where a random key has the training step, so that evaluations draw alike
 TRACES_PER_CHUNK = 2048  # per process, between two writes of the records

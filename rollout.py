@@ -21,14 +21,33 @@ import torch
 
 from brpo import token_advantages
 from budgets import cut_lengths
-from engines import Output, Request
 from packing import Branch, Tree
-from reward_function import RewardFunction
 from rewards import answer_paragraph, has_one_think_end
+from tasks.reward_function import RewardFunction
 
 THINK_END = "</think>"
 CUT_TEXT = f"...\n\n...\n\n{THINK_END}"  # closes a trace that did not close itself
 ANSWER_HEADER = "\n\n**Final Answer**\n"  # asks for the summary
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[int, ...]  # generation ends with (and returns) any of these
+    seed: int
+    temperature: float
+    stream: bool = False  # report tokens as they come, if the engine can
+    follows: str = ""  # the streamed request that `prompt` begins with, prompt and tokens
+
+
+@dataclass
+class Output:
+    id: str
+    tokens: list[int]  # new since the last Output of this request
+    logp: list[float]  # the sampler's log π of these tokens, at the request's temperature
+    finished: bool
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,16 @@ import torch
 from tqdm import tqdm
 
 import brpo
-import checkpoint
-import distributed
-import rundir
-from config import Config, learning_rate, parse
-from data import questions_of_step
 from evaluate import anytime_curve
-from metrics import Clock, log, log_evaluation, report
 from packing import Tree, balance, pack
-from reward_function import make_verifier
 from rewards import cumulative_returns, mean_rewards
 from rollout import cuts_of, make_grader, sample_rollouts, scores_of, to_tree
-from startup import Run, load, prepare
+from runtime import checkpoint, distributed, rundir
+from runtime.config import Config, learning_rate, parse
+from runtime.data import questions_of_step
+from runtime.metrics import Clock, log, log_evaluation, report
+from runtime.startup import Run, load, prepare
+from tasks.reward_function import make_verifier
 
 NOTHING = Tree([0], [], [])  # a row without loss, for a process that has one row fewer
 

@@ -22,18 +22,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 def tiny_model_path(tmp_path_factory) -> Path:
     """The miniature's architecture and tokenizer with random weights: enough wherever learning is
     not the point."""
-    import miniature
+    from tasks import arithmetic
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
-    model = miniature.make_model()
+    model = arithmetic.make_model()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(
                 0.1 * torch.randn_like(p)
             )  # away from the near-uniform start, where mistakes hide
     model.save_pretrained(path)
-    miniature.make_tokenizer().save_pretrained(path)
+    arithmetic.make_tokenizer().save_pretrained(path)
     return path
 
 
@@ -41,13 +41,13 @@ def tiny_model_path(tmp_path_factory) -> Path:
 def trained_model_path(tmp_path_factory) -> Path:
     """A base after a few seconds of warm start: poor at arithmetic, but it answers in the right
     form, so rewards vary."""
-    import miniature
+    from tasks import arithmetic
 
     path = tmp_path_factory.mktemp("trained") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(miniature.WARM_START, "steps", 100)
-        patch.setitem(miniature.WARM_START, "batch", 32)
-        miniature._write_base(path, seed=0)
+        patch.setitem(arithmetic.WARM_START, "steps", 100)
+        patch.setitem(arithmetic.WARM_START, "batch", 32)
+        arithmetic._write_base(path, seed=0)
     return path
 
 

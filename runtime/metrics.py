@@ -1,0 +1,299 @@
+"""What does a step tell us? One line on the terminal, one object in metrics.jsonl.
+
+docs/metrics.md explains each key: what it is, and which values are healthy.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import brpo
+from runtime import distributed, rundir
+from runtime.checkpoint import last_good
+from runtime.config import Config
+from runtime.plots import draw_curves
+from runtime.rundir import without_nan
+from runtime.watch import example_lines, readable
+from tasks.verifier import LOUD_FAILURE_SHARE, failure_share
+
+EXPECTED_RISE = 0.25  # of anytime accuracy, in the default run
+MAX_SKIPPED = 5  # updates in a row with a nan or an infinity: then the run stops
+# A step beyond one of these gets a warning: its updates may have destroyed the policy.
+LOUD = {"kl": 0.5, "clip_share": 0.5}
+LOUD_GRAD_NORM = 1e3  # × max_grad_norm, before clipping
+SAMPLES_PER_STEP = 2  # rollouts a step that samples.jsonl keeps as text
+
+
+class Clock:
+    """Wall seconds per named part of a step."""
+
+    def __init__(self):
+        self.seconds, self.start = {}, time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[f"time/{name}"] = time.perf_counter() - start
+
+
+def log(c, run, bar, verifier, step, rollouts, rewards, returns, stats, grad_norms, applied, clock):
+    """Gather the step's numbers from all processes; the first one prints and writes them.
+
+    FloatingPointError on all of them after MAX_SKIPPED updates in a row that were not `applied`.
+    """
+    stats = distributed.gather([{k: float(v) for k, v in s.items()} for s in stats])
+    graded = distributed.gather([verifier.take_stats()])
+    for ok in applied:
+        run.skipped = 0 if ok else run.skipped + 1
+    if distributed.rank() == 0:
+        write_and_print(
+            c, run, bar, step, rollouts, rewards, returns, stats, graded, grad_norms, applied, clock
+        )
+    if run.skipped >= MAX_SKIPPED:
+        raise FloatingPointError(
+            f"{run.skipped} updates in a row had a nan or an infinity. " + last_good(run.dir)
+        )
+
+
+def write_and_print(
+    c, run, bar, step, rollouts, rewards, returns, stats, graded, grad_norms, applied, clock
+):
+    grades = {k: sum(g[k] for g in graded) for k in graded[0]}
+    m = {
+        "step": step,
+        **rollout_metrics(c, rollouts, rewards, returns),
+        **update_metrics(stats, c.updates_per_step),
+        "grad_norm": grad_norms,
+        "skipped_updates": applied.count(False),
+        **{f"verifier/{k}": v for k, v in grades.items()},
+        **clock.seconds,
+        "time/step": time.perf_counter() - clock.start,
+    }
+    if torch.cuda.is_available():
+        m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    with (run.dir / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(without_nan(m)) + "\n")
+    run.logger.log(step, without_nan(m))
+    write_samples(c, run, step, rollouts)
+    bar.update()
+    say(
+        f"step {step:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
+        f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
+        f"loss {m['loss']:+.2e}  grad {max(grad_norms):.2e}  clip {m['clip_share']:.3f}  "
+        f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s"
+    )
+    for warning in warnings(c, m, rollouts, applied, grades):
+        say(f"WARNING step {step}: {warning}")
+
+
+def warnings(c, m: dict, rollouts: list, applied: list[bool], grades: dict) -> list[str]:
+    """What must not pass unseen. `m`: the step's metrics."""
+    found, size = [], len(rollouts) // len(applied)
+    for i, ok in enumerate(applied):
+        if not ok:
+            at = sorted({r.question.index for r in rollouts[i * size : (i + 1) * size]})
+            found.append(f"update {i} had a nan or an infinity, so it was skipped. Questions: {at}")
+    found += [
+        f"{name} {m[name]:.3g} is above {bound}: the policy has moved far in one step"
+        for name, bound in LOUD.items()
+        if m[name] > bound
+    ]
+    found += [
+        f"a gradient of norm {norm:.3g} was clipped to {c.max_grad_norm}: only its direction "
+        "is left"
+        for norm in m["grad_norm"]
+        if LOUD_GRAD_NORM * c.max_grad_norm < norm < math.inf
+    ]
+    if not any(m["reward"]):
+        found.append("no summary was right: nothing to learn from, or the policy has collapsed")
+    if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:
+        found.append(
+            f"{share:.1%} of the gradings failed and scored 0, which biases rewards: {grades}"
+        )
+    return found
+
+
+def say(line: str):
+    """A line above the progress bar, if there is one, and at once: somebody may follow a log."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def require_logger(kind: str):
+    """ValueError where the logger's package is missing."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ValueError(
+            f"--logger {kind}, but {kind} is not installed: pip install {kind}, or "
+            "leave it out (metrics.jsonl is always written)"
+        )
+
+
+class Logger:
+    """Beside metrics.jsonl, the first process alone: the same keys in wandb or TensorBoard."""
+
+    def __init__(self, kind: str, output_dir: Path, config: dict):
+        self.kind = kind if distributed.rank() == 0 else "none"
+        if self.kind == "wandb":
+            import wandb
+
+            self.run, self.image = (
+                wandb.init(
+                    project="anytime-reasoner",
+                    name=output_dir.name,
+                    dir=str(output_dir),
+                    config=config,
+                ),
+                wandb.Image,
+            )
+        elif self.kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.run = SummaryWriter(str(output_dir / "tensorboard"))
+
+    def log(self, step: int, values: dict, picture: Path | None = None):
+        values = flat({k: v for k, v in values.items() if k != "step"})
+        if self.kind == "wandb":
+            self.run.log(
+                values | ({"anytime_curve": self.image(str(picture))} if picture else {}), step=step
+            )
+        elif self.kind == "tensorboard":
+            for name, value in values.items():
+                self.run.add_scalar(name, value, step)
+            if picture:
+                from matplotlib.pyplot import imread
+
+                self.run.add_image("anytime_curve", imread(picture), step, dataformats="HWC")
+            self.run.flush()
+
+    def close(self):
+        if self.kind != "none":
+            self.run.finish() if self.kind == "wandb" else self.run.close()
+
+
+def flat(values: dict) -> dict[str, float]:
+    """Numbers alone: a list becomes key/1, key/2, ...; a dict key/name. None and text are left."""
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            value = {str(i): v for i, v in enumerate(value, 1)}
+        if isinstance(value, dict):
+            out |= {f"{key}/{name}": v for name, v in flat(value).items()}
+        elif isinstance(value, (int, float)):
+            out[key] = value
+    return out
+
+
+def write_samples(c, run, step: int, rollouts):
+    """A few rollouts as text, the first of evenly spaced questions, into samples.jsonl."""
+    few = rollouts[:: max(1, c.questions_per_step // SAMPLES_PER_STEP) * c.num_rollouts]
+    with (run.dir / "samples.jsonl").open("a") as f:
+        for r in few[:SAMPLES_PER_STEP]:
+            sample = readable(r, c.budget_prior.budgets, run.tokenizer)
+            f.write(json.dumps({"step": step, **sample}) + "\n")
+
+
+def rollout_metrics(c, rollouts, rewards, returns) -> dict:
+    """What was sampled and what it earned. rewards and returns [B, G, M]."""
+    lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])  # [B, G]
+    summaries = [s for r in rollouts for s in r.summaries]
+    prior = (rewards, returns, c.budget_prior.budgets, c.budget_prior.probs, c.decay)
+    over_all, over_trained = (
+        brpo.variance_diagnostics(*prior),
+        brpo.variance_diagnostics(*prior, lengths),
+    )
+    return {
+        "anytime_reward": returns[..., 0].mean().item(),
+        "reward": rewards.mean((0, 1)).tolist(),
+        "thinking_tokens": lengths.float().mean().item(),
+        "summary_tokens": sum(len(s.tokens) for s in summaries) / len(summaries),
+        **{
+            kind: sum(r.finish == kind for r in rollouts) / len(rollouts)
+            for kind in ("closed", "eos", "length")
+        },
+        **{f"variance/{k}": v.tolist() for k, v in over_all.items()},
+        **{f"variance_trained/{k}": v.tolist() for k, v in over_trained.items()},
+    }
+
+
+def update_metrics(stats: list[dict], updates_per_step: int) -> dict:
+    """What the updates did: sums over the rows of all processes, per trained token."""
+    total = {k: sum(s[k] for s in stats) for k in stats[0]}
+    per_token = {k: total[k] / total["tokens"] for k in total}
+    return {
+        "loss": total["loss"] / updates_per_step,
+        "trained_tokens": total["tokens"],
+        "clip_share": per_token["clipped"],
+        "kl": per_token["kl"],
+        "sampler_gap": per_token["gap"],
+        "sampler_gap_max": max(s["gap_max"] for s in stats),
+        "sampler_gap_outside": per_token["gap_outside"],
+    }
+
+
+def first_comparable(history: list[dict]) -> dict:
+    """The earliest evaluation with the settings and questions of the newest."""
+    return next(e for e in history if e.get("settings") == history[-1].get("settings"))
+
+
+def log_evaluation(run, step: int, curve: dict):
+    """An anytime curve (evaluate.anytime_curve) into the history, the files and the picture."""
+    run.history.append({"step": step, **curve, "settings": run.evaluation})
+    if distributed.rank() > 0:
+        return
+    with (run.dir / "evals.jsonl").open("a") as f:
+        f.write(json.dumps(run.history[-1]) + "\n")
+    before = first_comparable(run.history)
+    result = {**run.history[-1], "before": before}
+    rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
+    draw_curves(
+        {f"step {e['step']}": e for e in (before, run.history[-1])}, run.dir / "anytime_curve.png"
+    )
+    logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
+    run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
+    say(
+        f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
+        f"final {curve['final_accuracy']:.3f}"
+    )
+
+
+def report(c, output_dir: Path, history: list[dict]):
+    """One question and the anytime curve before and after training, on the terminal."""
+    if distributed.rank() > 0:
+        return
+    before, after = first_comparable(history), history[-1]
+    if before["step"] > history[0]["step"]:
+        print(f"\nevaluations before step {before['step']} had other settings: not compared")
+    question = after["example"]
+    print(f"\n{question['question']}   (ground truth {question['ground_truth']})")
+    for name, e in (("before", before), ("after", after)):
+        print(f"{name} training, the thinking up to each budget and the answer given there:")
+        print(*example_lines(e["example"]), sep="\n")
+    print("\nbudget  " + "".join(f"{b:>8}" for b in after["budgets"]) + "   anytime")
+    for name, e in (("before", before), ("after", after)):
+        print(
+            f"{name:8}"
+            + "".join(f"{a:8.3f}" for a in e["accuracy"])
+            + f"{e['anytime_accuracy']:10.3f}"
+        )
+    rise = after["anytime_accuracy"] - before["anytime_accuracy"]
+    default = replace(Config(), seed=c.seed, output_dir=c.output_dir, resume=c.resume)
+    if c == default:  # the default run, any seed
+        print(
+            f"anytime accuracy rose by {rise:.3f}; expected: at least {EXPECTED_RISE} "
+            "(seeds 0-4: 0.487 to 0.558)"
+            + ("" if rise >= EXPECTED_RISE else "   << LESS THAN EXPECTED")
+        )
+    print(
+        f"wrote {output_dir}/: model/, metrics.jsonl, samples.jsonl, eval.json, anytime_curve.png"
+    )

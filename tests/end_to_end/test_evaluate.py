@@ -1,0 +1,266 @@
+"""Measuring: the curve by hand, a kill in the middle, the trainer's own numbers, one question."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import AutoTokenizer
+
+import evaluate
+import train
+from evaluate import EVALUATION, anytime_curve
+from rollout import Output, Protocol, sample_rollouts
+from runtime.config import parse
+from runtime.data import PAPER_SETS, Question
+from runtime.engines import PlainEngine
+from runtime.watch import ask
+from tasks.verifier import Verifier
+from tests.conftest import ROOT, SHARED, run_script
+
+
+class CountingEngine:
+    """Thinks ` =1 =2 =3 </think>` and boxes the last digit it can see: right (ground truth 3) only
+    with three tokens of thinking or more."""
+
+    def __init__(self, tokenizer):
+        self.encode, self.queue = lambda text: tokenizer.encode(text, add_special_tokens=False), []
+        self.digits = {self.encode(f" ={d}")[0]: d for d in range(10)}
+
+    def add(self, request):
+        self.queue.append(request)
+
+    def has_work(self):
+        return bool(self.queue)
+
+    def step(self):
+        requests, self.queue = self.queue, []
+        for r in requests:
+            seen = [self.digits[i] for i in r.prompt if i in self.digits]
+            tokens = (
+                self.encode(" =1 =2 =3</think>")
+                if r.stream
+                else self.encode(f"\\boxed{{{seen[-1]}}}<|end|>")
+            )
+            yield Output(r.id, tokens, [0.0] * len(tokens), True)
+
+
+def test_the_curve_by_hand(tiny_model_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    protocol = Protocol.of(tokenizer, 7)
+    prompt = tuple(tokenizer.encode("1 +1 +1 ?<think>"))
+    questions = [
+        Question(0, "", "3", prompt),
+        Question(1, "", "2", prompt),
+    ]  # the second is right only when cut at two tokens
+    with Verifier(1) as verifier:
+        curve = anytime_curve(
+            CountingEngine(tokenizer),
+            {"a": questions, "b": questions[:1]},
+            (1, 2, 3, 8),
+            2,
+            protocol,
+            tokenizer,
+            verifier,
+        )
+    assert curve["sets"]["a"]["accuracy"] == [0.0, 0.5, 0.5, 0.5]
+    assert curve["sets"]["b"]["accuracy"] == [0.0, 0.0, 1.0, 1.0]
+    assert curve["accuracy"] == [0.0, 0.25, 0.75, 0.75]  # the mean of the sets' means
+    assert curve["anytime_accuracy"] == pytest.approx(1.75 / 4) and curve["final_accuracy"] == 0.75
+    # Two questions, one right: their resampled mean is 0, 1/2 or 1, with standard deviation 0.354.
+    assert curve["sets"]["a"]["stderr"] == pytest.approx([0.0, 0.354, 0.354, 0.354], abs=0.03)
+    assert curve["sets"]["a"]["overthinking"] == 0.5  # the second question, from budget 3 on
+    cuts = curve["example"]["cuts"]
+    assert [cut["thinking"] for cut in cuts] == [" =1", " =2", " =3", "</think>"]
+    assert [cut["score"] for cut in cuts] == [0.0, 0.0, 1.0, 1.0]
+    assert curve["sets"]["a"]["thinking_tokens"] == 4 and curve["sets"]["a"]["closed"] == 1.0
+
+
+def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_model_path, tmp_path):
+    rows = [
+        {"q": f"{d} +{n} *3 ?", "truth": (d + n) * 3 % 10} for d in range(10) for n in range(1, 5)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(
+        [
+            str(trained_model_path),
+            str(tiny_model_path),
+            "--data",
+            str(tmp_path / "questions.jsonl"),
+            "--question-field",
+            "q",
+            "--answer-field",
+            "truth",
+            "--budgets",
+            "5",
+            "17",
+            "30",
+            "--samples",
+            "2",
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
+    )
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    rise = result["paired_differences"]["to"][str(tiny_model_path)]["mean"]["anytime_accuracy"]
+    result = result["models"]
+    assert list(result) == [str(trained_model_path), str(tiny_model_path)]
+    trained = result[str(trained_model_path)]
+    assert trained["budgets"] == [5, 17, 30] and len(trained["accuracy"]) == 3
+    assert trained["sets"][str(tmp_path / "questions.jsonl")]["questions"] == 40
+    assert (
+        trained["anytime_accuracy"] > result[str(tiny_model_path)]["anytime_accuracy"] == 0.0
+    )  # a random model boxes nothing
+    assert rise["difference"] == pytest.approx(-trained["anytime_accuracy"])
+    assert rise["stderr"] == pytest.approx(trained["errors"]["anytime_accuracy"])
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "Paired differences" in text and f"{rise['difference']:+.3f}" in text
+    assert (tmp_path / "out" / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert trained["variance"] is None  # 7.5 is no budget
+
+
+def test_two_processes_measure_the_same_curve(trained_model_path, tmp_path):
+    args = [trained_model_path, "--questions", 8, "--budgets", 12, 48]
+    evaluate.main([*map(str, args), "--output-dir", str(tmp_path / "one")])
+    run_script("evaluate.py", *args, "--output-dir", tmp_path / "two", processes=2)
+    one, two = (json.loads((tmp_path / n / "eval.json").read_text()) for n in ("one", "two"))
+    assert one == two and one["anytime_accuracy"] == pytest.approx(sum(one["accuracy"]) / 2)
+
+
+def test_a_killed_evaluation_goes_on_from_its_records(trained_model_path, tmp_path):
+    args = [trained_model_path, "--questions", 64, "--samples", 4, "--chunk", 4]
+    evaluate.main([*map(str, args), "--output-dir", str(tmp_path / "unbroken")])
+    out = tmp_path / "broken"
+    process = subprocess.Popen(
+        [sys.executable, "evaluate.py", *map(str, args), "--output-dir", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and len(list(out.rglob("from-question-*.json"))) < 2:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
+    kept = {p: p.stat().st_mtime_ns for p in out.rglob("from-question-*.json")}
+    assert 2 <= len(kept) < 16 and not (out / "eval.json").exists()
+    evaluate.main([*map(str, args), "--output-dir", str(out)])
+    results = [(d / "eval.json").read_text() for d in (tmp_path / "unbroken", out)]
+    assert results[0] == results[1]
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items())  # not sampled again
+    assert len(list(out.rglob("from-question-*.json"))) == 16
+
+
+def test_records_belong_to_one_model_and_one_setting(trained_model_path, tmp_path):
+    """Another seed, or other weights under the same name, and nothing kept is used."""
+    import shutil
+
+    import safetensors.torch
+
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(trained_model_path, model)
+    args = [str(model), "--questions", "4", "--samples", "1", "--output-dir", str(out)]
+
+    def folders():
+        return len(list((out / "records").iterdir()))
+
+    for _ in range(2):
+        evaluate.main(args)
+        assert folders() == 1
+    evaluate.main([*args, "--seed", "1"])
+    assert folders() == 2
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    next(iter(weights.values())).mul_(1.001)
+    safetensors.torch.save_file(weights, model / "model.safetensors", {"format": "pt"})
+    evaluate.main(args)
+    assert folders() == 3
+
+
+def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path, tmp_path, capsys):
+    small = ["--eval-questions", "16", "--eval-samples", "2", "--eval-budgets", "12", "24", "48"]
+    small += ["--questions-per-step", "4", "--num-rollouts", "4", "--steps", "1", "--seed", "3"]
+    train.train(
+        parse(["--model", str(trained_model_path), "--output-dir", str(tmp_path / "run"), *small])
+    )
+    trainers = json.loads((tmp_path / "run" / "eval.json").read_text())
+    text = capsys.readouterr().out
+    assert "before training" in text and "after training" in text
+    assert trainers["example"]["question"] in text
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    assert len(samples) == 2 and [cut["budget"] for cut in samples[0]["cuts"]] == [16, 32, 48, 64]
+    evaluate.main(
+        [str(tmp_path / "run" / "model"), "--questions", "16", "--samples", "2", "--seed", "3"]
+        + ["--budgets", "12", "24", "48"]
+    )
+    ours = json.loads((tmp_path / "run" / "evaluation" / "eval.json").read_text())
+    assert {k: trainers[k] for k in ours} == ours  # the picture's and the table's numbers, all
+
+
+def test_the_paper_presets_take_the_authors_files_and_80_samples():
+    c = evaluate.evaluation_config(evaluate.Evaluation(("m",), "paper-8k"))
+    assert (c.eval_data, c.eval_samples, c.eval_temperature) == (("paper",), 80, 0.6)
+    assert c.evaluation_budgets == tuple(range(250, 8001, 250))
+    c = evaluate.evaluation_config(evaluate.Evaluation(("m",), "paper-8k", samples=8))
+    assert c.eval_samples == 8
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
+)
+def test_the_papers_sets_are_five_panels_and_five_rows(trained_model_path, tmp_path, monkeypatch):
+    cache = tmp_path / "anytime-reasoner"
+    cache.symlink_to(SHARED / "data" / "test")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    evaluate.main(
+        [str(trained_model_path), "--data", "paper", "--questions", "2", "--samples", "1"]
+        + ["--budgets", "12", "24", "--prompt-template", "{question}", "--output-dir"]
+        + [str(tmp_path / "out"), "--max-prompt-tokens", "200"]
+    )
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert list(result["sets"]) == list(PAPER_SETS)
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in table[2:]] == ["mean", *PAPER_SETS]
+
+
+@pytest.mark.parametrize("budgets", [(3, 5, 12), (12, 24, 48)])
+def test_ask_prints_each_answer_at_its_budget(budgets, trained_model_path):
+    tokenizer = AutoTokenizer.from_pretrained(trained_model_path)
+    protocol = Protocol.of(tokenizer, 7)
+    prompt = tuple(tokenizer.encode("2 +3 *7 ?<think>"))
+    question, seed = Question(0, "2 +3 *7 ?", "", prompt), (0, EVALUATION, 0)
+    engine, out = PlainEngine(str(trained_model_path)), io.StringIO()
+    (r,) = sample_rollouts(engine, [question], budgets, 1, 1, protocol, 1.0, seed)
+    ask(engine, question, budgets, protocol, tokenizer, 1.0, seed, out=out)
+    text, start = out.getvalue(), 0
+    for b, s in zip(budgets, r.summaries):
+        end = text.index(f"after {b} tokens", start)
+        assert tokenizer.decode(r.thinking[: s.cut][-2:]) in text[start:end] or s.cut < b
+        start = end
+    printed = "".join(line for line in text.split("\n")[1:] if not line.startswith("    after"))
+    assert printed == tokenizer.decode(r.thinking)
+
+
+def test_ask_on_the_command_line(trained_model_path):
+    text = run_script("evaluate.py", trained_model_path, "--ask", "2 +3 *7 ?", "--budgets", 6, 12)
+    assert "2 +3 *7 ?" in text and "after 6 tokens" in text and "after 12 tokens" in text
+
+
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        (["nowhere"], "nowhere: no model directory"),
+        (["MODEL", "--budgets", "9", "3"], "not increasing"),
+        (["MODEL", "--budgets", "3", "900"], "context of 256"),
+        (["MODEL", "--data", "nowhere.json"], "neither a file nor"),
+        (["MODEL", "--summaries", "0"], "--summaries 0: must be at least 1"),
+        (["MODEL", "--samples", "-3"], "--samples -3"),
+        (["MODEL", "--ask", "1 +1 ?", "--prompt-template", "why"], "has no {question}"),
+    ],
+)
+def test_bad_input_ends_with_one_line(args, complaint, tiny_model_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        evaluate.main([str(tiny_model_path) if a == "MODEL" else a for a in args])
+    assert e.value.code == 2 and complaint in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""The shape of the project: modules that can be copied alone, and a README that is true."""
+
+import ast
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+METHOD = ("budgets", "rewards", "brpo", "packing")
+# Imports point down these layers, or stay inside one.
+LAYERS = [set(METHOD), {"rollout", "tasks"}, {"runtime"}, {"evaluate"}, {"train"}]
+
+
+MOST_ARROWS = 90
+
+
+def sources() -> list[Path]:
+    """Every module of the project that is not a script or a test."""
+    return sorted([*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("runtime/*.py")])
+
+
+def name_of(path: Path) -> str:
+    """`brpo`, `runtime.config`; of a package's __init__.py, the package's name."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    """The modules of the project that a file imports, wherever in it the import stands."""
+    ours, found = {name_of(p) for p in sources()}, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return (found & ours) - {"tasks", "runtime"}
+
+
+def layer(name: str) -> int:
+    (number,) = (i for i, members in enumerate(LAYERS) if name.split(".")[0] in members)
+    return number
+
+
+@pytest.mark.parametrize("module", [*METHOD, "tasks/verifier"])
+def test_a_core_module_works_alone_in_an_empty_folder(module, tmp_path):
+    assert imports_of_ours(ROOT / f"{module}.py") == set()
+    shutil.copy(ROOT / f"{module}.py", tmp_path)
+    done = run_python(f"import {Path(module).name}", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def run_python(code: str, folder):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_imports_point_down_and_never_in_a_circle():
+    arrows = {name_of(p): imports_of_ours(p) for p in sources()}
+    upwards = [(a, b) for a, targets in arrows.items() for b in targets if layer(a) < layer(b)]
+    assert upwards == [] and sum(map(len, arrows.values())) <= MOST_ARROWS
+    done: set[str] = set()
+    while len(done) < len(arrows):
+        ready = {m for m, targets in arrows.items() if m not in done and targets <= done}
+        assert ready, f"modules import each other: {sorted(set(arrows) - done)}"
+        done |= ready
+
+
+def table_rows() -> list[tuple[str, str, str]]:
+    """(equation, function, test) of the README's paper-to-code table."""
+    text = README.split("<!-- paper to code -->")[1].split("\n\n")[0]
+    lines = text.strip().splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    return [(r[0], r[1].strip("`"), r[2].strip("`")) for r in rows]
+
+
+def test_every_row_of_the_paper_to_code_table_exists():
+    rows = table_rows()
+    assert len(rows) >= 12
+    for equation, function, test in rows:
+        target = pkgutil.resolve_name(function)
+        assert target.__doc__ and len(equation) > 3
+        file, case = test.split("::")
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {case}(" in path.read_text(), test
+
+
+# What is appended to each of the README's examples, to see that it did what it says.
+CHECKS = {
+    "brpo rewards": """
+for i, uid in enumerate(uids):          # the equations once more, rollout by rollout
+    group = [k for k in range(4) if uids[k] == uid]
+    r_of = {k: scores[k].mean(-1).tolist() for k in group}
+    R_of = {k: [sum(0.25 * x for x in r_of[k][j:]) for j in range(4)] for k in group}
+    for j in range(4):
+        weights = [0.5 ** (j - k) for k in range(j)]
+        v1 = sum(w * x for w, x in zip(weights, r_of[i])) / sum(weights) if j else 0.0
+        v1 *= 0.25 * (4 - j)
+        v2 = sum(R_of[k][j] for k in group) / len(group)
+        expected = R_of[i][j] - (j / 4 * v1 + (1 - j / 4) * v2)
+        for t in range(500 * j, 500 * (j + 1)):
+            value = expected if t < lengths[i] else 0.0
+            assert abs(token_advantages[i, t].item() - value) < 1e-6, (i, t)
+""",
+    "packing": """
+import torch
+text = tree.prompt + thinking + close + late.summary       # the longest branch as a sequence
+logits = model(torch.tensor([text])).logits[0].log_softmax(-1)
+start = len(text) - len(late.summary)
+plain = [logits[t - 1, text[t]].item() for t in range(start, len(text))]
+assert max(abs(a - b) for a, b in zip(plain, logp[-len(plain):].tolist())) < 1e-4
+assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+""",
+    "verifier": r"""
+chat = [[{"role": "assistant", "content": r"so \boxed{x+1}"}]]
+assert accuracy_reward([r"\boxed{\frac12}", r"\boxed{3}"], ["0.5", "4"]) == [1.0, 0.0]
+assert accuracy_reward(chat, ground_truth=["1+x"], prompts=["?"]) == [1.0]
+verifier.close()
+""",
+}
+
+
+@pytest.mark.parametrize("modules", CHECKS)
+def test_an_example_of_the_readme_runs_beside_the_copied_files(modules, tmp_path, tiny_model_path):
+    code = README.split(f"<!-- example: {modules} -->\n```python\n")[1].split("```")[0]
+    assert 5 <= len(code.strip().splitlines()) <= 20
+    for module in modules.split():
+        (path,) = (p for p in sources() if p.stem == module)
+        shutil.copy(path, tmp_path)
+    # A random tiny model stands in for the one on the hub.
+    code = code.replace("Qwen/Qwen3-0.6B", str(tiny_model_path))
+    (tmp_path / "example.py").write_text(code + CHECKS[modules])
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_metric_is_in_the_glossary():
+    """The keys that metrics.py writes and the keys that docs/metrics.md explains are the same."""
+    source = (ROOT / "runtime" / "metrics.py").read_text()
+    written = set(re.findall(r'^ +"(\w+)": |m\["(\w+)"\] = ', source, re.M))
+    written = {a or b for a, b in written}
+    glossary = (ROOT / "docs" / "metrics.md").read_text()
+    explained = set(re.findall(r"^\| `([\w/]+)`", glossary, flags=re.M))
+    assert len(written) > 10 and written <= explained, written - explained
+
+
+def test_no_function_but_the_loop_is_longer_than_60_lines():
+    lengths = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lengths[f"{name_of(path)}.{node.name}"] = node.end_lineno - node.lineno + 1
+    assert lengths.pop("train.train") <= 130  # on its way to 65
+    assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
