@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BASELINES = ("brpo", "progress", "group", "none", "loo", "fitted")
+BASELINES = ("brpo", "progress", "group", "none")
 Numbers = Sequence[float] | Tensor
 
 
@@ -28,8 +28,8 @@ def progress_baseline(rewards: Tensor, probs: Numbers, decay: float = 0.5) -> Te
 
         V1_j = ( Σ_{k<j} λ^{j-k} r_k / Σ_{k<j} λ^{j-k} ) · Σ_{k≥j} P_k        λ = decay;  V1_1 = 0
 
-    The bracket averages the rewards already seen, recent budgets heaviest; the factor behind it is
-    the prior mass those rewards stand in for. rewards [B, G, M] -> [B, G, M].
+    The bracket averages the rewards already seen, recent budgets heaviest; the factor is the prior
+    mass of the budgets still ahead. rewards [B, G, M] -> [B, G, M].
     """
     m = rewards.shape[-1]
     j, k = torch.arange(m)[:, None], torch.arange(m)[None, :]
@@ -66,16 +66,6 @@ def brpo_baseline(
     return share * own + (1 - share) * group
 
 
-def has_tokens(like: Tensor, budgets: Numbers, thinking_lengths: Tensor | None) -> Tensor:
-    """[ |z| > b_{j-1} ], bool [B, G, M]: true where a rollout has thinking tokens in segment j.
-
-    Without lengths [B, G], everywhere.
-    """
-    if thinking_lengths is None:
-        return torch.ones_like(like, dtype=torch.bool)
-    return thinking_lengths[..., None].to(like.device) > segment_starts(budgets).to(like.device)
-
-
 def segment_starts(budgets: Numbers) -> Tensor:
     """b_0 .. b_{M-1}, with b_0 = 0: the thinking tokens before each segment. [M]."""
     budgets = torch.as_tensor(budgets)
@@ -89,14 +79,12 @@ def thinking_baseline(
     probs: Numbers,
     baseline: str = "brpo",
     decay: float = 0.5,
-    thinking_lengths: Tensor | None = None,
 ) -> Tensor:
-    """The baseline by name, as in the paper's ablations; and two of our own. -> [B, G, M].
+    """The baseline by name, as in the paper's ablations. -> [B, G, M].
 
     brpo  V        progress  V1        group  V2        none  0
-    loo   V2'      fitted    V with fitted weights, over `thinking_lengths` [B, G]
     """
-    if baseline in ("brpo", "group", "loo", "fitted") and returns.shape[1] < 2:
+    if baseline in ("brpo", "group") and returns.shape[1] < 2:
         raise ValueError(
             f"baseline {baseline!r} compares rollouts of one question and needs "
             f"G >= 2, got G = {returns.shape[1]}: raise num_rollouts, or use progress"
@@ -109,10 +97,6 @@ def thinking_baseline(
         return group_baseline(returns)
     if baseline == "none":
         return torch.zeros_like(returns)
-    if baseline == "loo":
-        return leave_one_out_baseline(returns)
-    if baseline == "fitted":
-        return fitted_baseline(rewards, returns, budgets, probs, decay, thinking_lengths)
     raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(BASELINES)}")
 
 
@@ -123,7 +107,6 @@ def thinking_advantages(
     probs: Numbers,
     baseline: str = "brpo",
     decay: float = 0.5,
-    thinking_lengths: Tensor | None = None,
 ) -> Tensor:
     """The advantage of every thinking token in segment j.
 
@@ -132,9 +115,7 @@ def thinking_advantages(
     Divided neither by the group's standard deviation nor by the sequence's length: both bias the
     gradient (Dr. GRPO). [B, G, M] -> [B, G, M].
     """
-    return returns - thinking_baseline(
-        rewards, returns, budgets, probs, baseline, decay, thinking_lengths
-    )
+    return returns - thinking_baseline(rewards, returns, budgets, probs, baseline, decay)
 
 
 def token_advantages(advantages: Tensor, budgets: Numbers, num_tokens: int) -> Tensor:
@@ -222,7 +203,8 @@ def sampler_weight(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor
 
         w_t = min( exp(old_logp_t - sampler_logp_t), C )        detached; C = cap; C = 0: w = 1
 
-    Same weights, other kernels: in bfloat16 the two differ by several percent a token. [T] -> [T].
+    The sampler runs the same weights through different kernels; in bfloat16 token probabilities
+    differ by a few percent. [T] -> [T].
     """
     if cap == 0:
         return torch.ones_like(old_logp)
@@ -254,28 +236,25 @@ def variance_diagnostics(
     decay: float = 0.5,
     thinking_lengths: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """How much of the return's variance does each baseline explain? (the paper's variance figure)
+    """The share of the return's variance that each baseline leaves (the paper's variance figure).
 
         residual_j = Var[R_j - V_j] / Var[R_j]        correlation_j = Corr[V_j, R_j]
 
-    for V in progress (V1), group (V2) and brpo (V), and our own loo (V2') and fitted where G > 1,
-    over all B·G rollouts, per segment. With
-    `thinking_lengths` [B, G], over the rollouts with tokens in segment j only: the others have
-    nothing to train there. Returns {"residual/brpo": [M], "correlation/brpo": [M], ...}; nan where
-    R_j does not vary.
+    for V in progress (V1), group (V2) and brpo (V), over all B·G rollouts, per segment. With
+    `thinking_lengths` |z| [B, G], over the rollouts with tokens in segment j, |z| > b_{j-1}: the
+    others have nothing to train there. Returns {"residual/brpo": [M], "correlation/brpo": [M],
+    ...}; nan where R_j does not vary.
     """
-    chosen = has_tokens(returns, budgets, thinking_lengths)
+    chosen = torch.ones_like(returns, dtype=torch.bool)
+    if thinking_lengths is not None:
+        starts = segment_starts(budgets).to(returns.device)
+        chosen = thinking_lengths.to(returns.device)[..., None] > starts  # [B, G, M]
     # Not by name through thinking_baseline: a diagnostic need not refuse G = 1.
     baselines = {
         "progress": progress_baseline(rewards, probs, decay),
         "group": group_baseline(returns),
         "brpo": brpo_baseline(rewards, returns, budgets, probs, decay),
     }
-    if returns.shape[1] > 1:
-        baselines["loo"] = leave_one_out_baseline(returns)
-        baselines["fitted"] = fitted_baseline(
-            rewards, returns, budgets, probs, decay, thinking_lengths
-        )
     out = {}
     for name, value in baselines.items():
         columns = []
@@ -295,48 +274,3 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """Corr[x, y] = Cov[x, y] / √(Var[x] Var[y]); 0/0 = nan when either is constant."""
     x, y = x - x.mean(), y - y.mean()
     return (x * y).mean() / ((x * x).mean() * (y * y).mean()).sqrt()
-
-
-# ----------------------------------------------------- beyond the paper: two more baselines of R_j
-
-
-def leave_one_out_baseline(returns: Tensor) -> Tensor:
-    """V2 without the rollout itself: what its G - 1 siblings earn from segment j on.
-
-        V2'_j = (1/(G-1)) Σ_{g' ≠ g} R_j^{(g')}        R - V2' = (R - V2) G/(G-1)
-
-    Not in the paper: as an advantage it is GRPO's times a constant, but as a predictor it is honest
-    (V2 holds a G-th of what it predicts, and looks better for it). [B, G, M] -> [B, G, M].
-    """
-    return (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
-
-
-def fitted_baseline(
-    rewards: Tensor,
-    returns: Tensor,
-    budgets: Numbers,
-    probs: Numbers,
-    decay: float = 0.5,
-    thinking_lengths: Tensor | None = None,
-    ridge: float = 0.01,
-) -> Tensor:
-    """BRPO with its weights measured instead of fixed: R_j regressed on (1, V1_j, V2'_j).
-
-        V_j = x_j · β_j^{(b)}        x_j = (1, V1_j, V2'_j)
-        β_j^{(b)} = argmin_β  Σ_{b' ≠ b} Σ_g [ |z| > b_{j-1} ] (R_j - x_j · β)² + ridge |β - β⁰|²
-
-    Not in the paper. β of question b is fitted on the *other* questions of the step, and x_j knows
-    of its own rollout only what lies before segment j: so V_j does not depend on what it is
-    subtracted from, and the gradient stays unbiased. β⁰ = (0, 0, 1) is the leave-one-out mean,
-    where the fit stays when the others say nothing (one question, or no trace that long).
-    thinking_lengths [B, G]: fit on rollouts with tokens in the segment only. -> [B, G, M].
-    """
-    v1, v2 = progress_baseline(rewards, probs, decay), leave_one_out_baseline(returns)
-    x = torch.stack([torch.ones_like(v1), v1, v2], -1).double()  # [B, G, M, 3]
-    error = (returns - v2).double()  # what β⁰ leaves over
-    fit = x * has_tokens(returns, budgets, thinking_lengths)[..., None]
-    gram = torch.einsum("bgmi,bgmk->bmik", fit, x)  # of each question
-    right = torch.einsum("bgmi,bgm->bmi", fit, error)
-    gram, right = gram.sum(0) - gram, right.sum(0) - right  # of all the others
-    beta = torch.linalg.solve(gram + ridge * torch.eye(3).to(gram), right)  # [B, M, 3], β - β⁰
-    return v2 + torch.einsum("bgmi,bmi->bgm", x, beta).to(v2)

@@ -11,121 +11,93 @@ anytime_curve.png, and records/: the score of every summary, from which all of t
 An evaluation that was interrupted goes on from its records.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from rollout import Protocol, make_grader, sample_rollouts
+from rollout import Sampling, make_grader, sample_rollouts
 from runtime import distributed
-from runtime.config import Evaluation, evaluation_config, refuse_empty
+from runtime.config import Config, parse_evaluation
 from runtime.curves import curve_of, fingerprint, read_records, record, write_records
-from runtime.data import Question
 from runtime.engines import make_engine
 from runtime.plots import labels_of, write_results
 from runtime.rundir import digest
-from runtime.startup import prepare_evaluation
+from runtime.startup import Opened, prepare_evaluation
 from runtime.watch import ask
 from tasks.reward_function import make_verifier
-from tasks.verifier import Verifier
 
 EVALUATION = 2**31  # where a random key has the training step, so that evaluations draw alike
 TRACES_PER_CHUNK = 2048  # per process, between two writes of the records
 
 
+def evaluation_sampling(c: Config, num_summaries: int = 1) -> Sampling:
+    """What an evaluation draws: S samples a question instead of G rollouts, A = 1 by default."""
+    return Sampling(
+        c.evaluation_budgets,
+        c.eval_samples,
+        num_summaries,
+        c.eval_temperature,
+        (c.seed, EVALUATION),
+    )
+
+
 def anytime_curve(
-    engine,
-    sets: dict[str, list[Question]],
-    budgets: tuple[int, ...],
-    samples: int,
-    protocol: Protocol,
-    tokenizer,
-    verifier: Verifier,
-    temperature: float = 0.6,
-    seed: int = 0,
-    tensor_parallel_size: int = 1,
+    engine, sets: dict[str, list], sampling: Sampling, opened: Opened, group_size: int = 1
 ) -> dict:
     """Accuracy at every budget, on every set; the same dict on all processes, which share the work.
 
         accuracy_j = mean over questions and samples of r(x, y_j), one summary per cut
 
-    Over several sets, the mean of their means (the paper's average).
+    Over several sets, the mean of their means (the paper's average). `group_size`: processes that
+    share one engine.
     """
-    records = sample_records(
-        engine,
-        sets,
-        budgets,
-        samples,
-        protocol,
-        tokenizer,
-        verifier,
-        temperature,
-        seed,
-        tensor_parallel_size,
-    )
-    return curve_of(records, budgets, samples, temperature, seed)
+    return curve_of(sample_records(engine, sets, sampling, opened, group_size), sampling)
 
 
 def sample_records(
     engine,
-    sets: dict[str, list[Question]],
-    budgets: tuple[int, ...],
-    samples: int,
-    protocol: Protocol,
-    tokenizer,
-    verifier: Verifier,
-    temperature: float,
-    seed: int,
-    tensor_parallel_size: int = 1,
-    summaries: int = 1,
+    sets: dict[str, list],
+    sampling: Sampling,
+    opened: Opened,
+    group_size: int = 1,
     folder: Path | None = None,
     chunk: int = 0,
     label: str = "",
-) -> dict:
+) -> dict[str, list[dict]]:
     """{set: records (curves.py), ordered by question and sample}, the same on all processes.
 
     With a `folder`, questions recorded there are not sampled again, and new ones are recorded there
     after every `chunk` of questions (0: about TRACES_PER_CHUNK traces a process). With a `label`, a
     progress bar, unless stderr is no terminal.
     """
-    grade = make_grader(verifier, tokenizer, protocol)
-    samplers = distributed.world_size() // tensor_parallel_size
-    chunk = chunk or max(1, TRACES_PER_CHUNK * samplers // samples)
-    # tqdm's None: no bar where stderr is no terminal
+    samplers = distributed.world_size() // group_size
+    chunk = chunk or max(1, TRACES_PER_CHUNK * samplers // sampling.num_rollouts)
+    summaries = sampling.num_rollouts * len(sampling.budgets) * sampling.num_summaries
     bar = tqdm(
-        total=sum(map(len, sets.values())) * samples * len(budgets) * summaries,
+        total=sum(map(len, sets.values())) * summaries,
         desc=label,
         unit=" summaries",
-        disable=None if label and distributed.rank() == 0 else True,
+        disable=None if label and distributed.rank() == 0 else True,  # None: where no terminal is
     )
 
     def grade_and_count(rollout, summary):
-        bar.update(samplers)  # the others are about as far
-        return grade(rollout, summary)
+        bar.update(samplers)  # assume the other processes progress at the same rate
+        return opened.grade(rollout, summary)
 
     out = {}
     for number, (name, questions) in enumerate(sets.items()):
+        drawn = replace(sampling, seed=(*sampling.seed, number))
         place = folder / f"{number}-{digest(questions)[:16]}" if folder else None
         records = read_records(place) if place else []
         known = {r["question"] for r in records}
-        bar.update(len(records) * len(budgets) * summaries)
-        left = [q for q in questions if q.index not in known]
-        for start in range(0, len(left), chunk):
-            mine = distributed.share(left[start : start + chunk], tensor_parallel_size)
-            rollouts = sample_rollouts(
-                engine,
-                mine,
-                budgets,
-                samples,
-                summaries,
-                protocol,
-                temperature,
-                (seed, EVALUATION, number),
-                grade_and_count,
-            )
-            new = distributed.gather(
-                [record(r, budgets, tokenizer) for r in rollouts], tensor_parallel_size
-            )
+        bar.update(len(known) * summaries)
+        missing = [q for q in questions if q.index not in known]
+        for start in range(0, len(missing), chunk):
+            share = distributed.share(missing[start : start + chunk], group_size)
+            rollouts = sample_rollouts(engine, share, drawn, opened.markers, grade_and_count)
+            new = [record(r, sampling.budgets, opened.tokenizer) for r in rollouts]
+            new = distributed.gather(new, group_size)
             if place and distributed.rank() == 0:
                 write_records(place, new)
             records += new
@@ -136,71 +108,31 @@ def sample_records(
 
 
 def main(args: list[str] | None = None):
-    import tyro
-
-    refuse_empty(args)
-    a = tyro.cli(
-        tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Evaluation),
-        args=args,
-        console_outputs=distributed.rank() == 0,
-    )
     with distributed.exit_on_bad_input():
-        c = evaluation_config(a)
+        a, c = parse_evaluation(args)
         opened = prepare_evaluation(a, c)
     labels, curves, records = labels_of(a.models), {}, {}
+    sampling = evaluation_sampling(c, a.summaries)
     with make_verifier(c) as verifier:
-        for model, (tokenizer, protocol, sets) in opened.items():
-            # For each model: a vLLM engine ends the group of processes when it closes.
+        for model, o in opened.items():
+            # For each model anew: a vLLM engine ends the group of processes when it closes.
             device = distributed.start()
-            engine = make_engine(
-                c.engine, model, device, c.longest_sequence, kv_cache_gb=c.kv_cache_gb
-            )
+            engine = make_engine(c.engine, model, device, o.longest, kv_cache_gb=c.kv_cache_gb)
+            o.grade = make_grader(verifier, o.tokenizer, o.markers)
             if a.ask:
                 if distributed.rank() == 0:
-                    ask(
-                        engine,
-                        sets[0],
-                        c.evaluation_budgets,
-                        protocol,
-                        tokenizer,
-                        c.eval_temperature,
-                        (c.seed, EVALUATION, 0),
-                        labels[model],
-                    )
-                engine.close()
-                continue
-            place = fingerprint(
-                model,
-                c.reward,
-                device.type,
-                c.engine,
-                c.evaluation_budgets,
-                c.eval_samples,
-                a.summaries,
-                c.eval_temperature,
-                c.seed,
-                asdict(protocol),
-            )
-            folder = a.output / "records" / f"{labels[model].replace('/', '-')}-{place}"
-            records[model] = sample_records(
-                engine,
-                sets,
-                c.evaluation_budgets,
-                c.eval_samples,
-                protocol,
-                tokenizer,
-                verifier,
-                c.eval_temperature,
-                c.seed,
-                summaries=a.summaries,
-                folder=folder,
-                chunk=a.chunk,
-                label=labels[model],
-            )
+                    drawn = replace(sampling, num_rollouts=1, seed=(*sampling.seed, 0))
+                    (question,) = o.sets["ask"]
+                    ask(engine, question, drawn, o, labels[model])
+            else:
+                settings = (device.type, c.engine, asdict(sampling), asdict(o.markers))
+                name = fingerprint(model, c.reward, *settings)
+                folder = a.output / "records" / f"{labels[model].replace('/', '-')}-{name}"
+                records[model] = sample_records(
+                    engine, o.sets, sampling, o, 1, folder, a.chunk, labels[model]
+                )
+                curves[model] = curve_of(records[model], sampling)
             engine.close()
-            curves[model] = curve_of(
-                records[model], c.evaluation_budgets, c.eval_samples, c.eval_temperature, c.seed
-            )
     if distributed.rank() == 0 and not a.ask:
         write_results(a, c, labels, curves, records, opened)
     distributed.stop()

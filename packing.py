@@ -65,9 +65,10 @@ class Row:
     trained: Tensor  # bool, written by the policy: carries loss
     advantages: Tensor  # float32, 0 where not trained
     sampler_logp: Tensor  # float32, nan where unknown
+    old_logp: Tensor | None = None  # float32, log-probs before the step's first update
 
     def to(self, device) -> "Row":
-        return Row(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+        return Row(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
 
     @cached_property
     def block_mask(self):
@@ -80,7 +81,7 @@ def pack(trees: list[Tree], multiple: int = 1) -> Row:
     Masks and predecessors are carried from here and never rebuilt from token ids later: an
     end-of-text that doubles as padding would be lost. Raises ValueError on a cut outside the trace.
     """
-    columns = {name: [] for name in Row.__dataclass_fields__}
+    columns = {name: [] for name in Row.__dataclass_fields__ if name != "old_logp"}
     ids, new_id = columns["input_ids"], count()
 
     def add(
@@ -287,3 +288,12 @@ def balance(lengths: list[int], num_ranks: int, max_tokens: int) -> list[list[li
             plan[rank].append([i])
     rows = max(len(p) for p in plan)
     return [p + [[] for _ in range(rows - len(p))] for p in plan]
+
+
+def pack_share(
+    trees: list[Tree], rank: int, num_ranks: int, max_tokens: int, multiple: int = 1
+) -> list[Row]:
+    """The rows of one update that this process trains; the same number of them on every process."""
+    nothing = Tree([0], [], [])  # a row without loss, where another process has one row more
+    plan = balance([len(tree) for tree in trees], num_ranks, max_tokens)[rank]
+    return [pack([trees[i] for i in indices] or [nothing], multiple) for indices in plan]

@@ -22,8 +22,7 @@ import torch
 from brpo import token_advantages
 from budgets import cut_lengths
 from packing import Branch, Tree
-from rewards import answer_paragraph, has_one_think_end
-from tasks.reward_function import RewardFunction
+from rewards import has_one_think_end
 
 THINK_END = "</think>"
 CUT_TEXT = f"...\n\n...\n\n{THINK_END}"  # closes a trace that did not close itself
@@ -51,7 +50,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Markers:
     """The token ids around thinking and summary, of one tokenizer: the only place models differ."""
 
     think_end: int
@@ -61,13 +60,13 @@ class Protocol:
     max_summary_tokens: int  # generated ones; the appended text comes on top
 
     @classmethod
-    def of(
+    def from_tokenizer(
         cls,
         tokenizer,
         max_summary_tokens: int = 118,
         eos: Iterable[int] = (),
         max_appended_tokens: int = 10,
-    ) -> "Protocol":
+    ) -> "Markers":
         """`eos`: further end-of-text ids (a model's generation config may list several).
 
         Raises ValueError when the tokenizer has no one-token </think> (traces are stopped and
@@ -88,20 +87,20 @@ class Protocol:
                 f"the tokenizer of {name} has no end-of-text token, so summaries "
                 "would never end: set eos_token"
             )
-        made = cls(
+        markers = cls(
             think_end[0],
             tuple(sorted({tokenizer.eos_token_id, *eos})),
             encode(CUT_TEXT),
             encode(ANSWER_HEADER),
             max_summary_tokens,
         )
-        longest = len(made.cut_text) + len(made.answer_header)
+        longest = len(markers.cut_text) + len(markers.answer_header)
         if longest > max_appended_tokens:
             raise ValueError(
                 f"the tokenizer of {name} needs {longest} tokens for the text before "
                 f"a summary: raise max_appended_tokens {max_appended_tokens}"
             )
-        return made
+        return markers
 
 
 @dataclass
@@ -143,29 +142,31 @@ def request_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How many traces and summaries are drawn, and from which random numbers."""
+
+    budgets: tuple[int, ...]  # b_1 < ... < b_M, in thinking tokens
+    num_rollouts: int  # G
+    num_summaries: int  # A
+    temperature: float
+    seed: tuple[int, ...]  # the leading part of every random key: (seed, step)
+
+
 def sample_rollouts(
-    engine,
-    questions,
-    budgets: tuple[int, ...],
-    num_rollouts: int,
-    num_summaries: int,
-    protocol: Protocol,
-    temperature: float,
-    seed: tuple[int, ...],
-    grade: Callable | None = None,
+    engine, questions, sampling: Sampling, markers: Markers, grade: Callable | None = None
 ) -> list[Rollout]:
     """Sample G thinking traces per question and A summaries at each of the M cuts of each trace.
 
     grade(rollout, summary) is called as each summary is complete and returns a future of its score.
-    seed: the leading part of every random key, (seed, step). Returns B·G rollouts ordered by
-    (question, sample).
+    Returns B·G rollouts ordered by (question, sample).
     """
-    rollouts = [Rollout(q, sample) for q in questions for sample in range(num_rollouts)]
+    rollouts = [Rollout(q, g) for q in questions for g in range(sampling.num_rollouts)]
     thinking: dict[str, Rollout] = {}  # request id -> whose trace it is
     summarising: dict[str, tuple[Rollout, Summary]] = {}  # request id -> whose summary it is
 
     for r in rollouts:
-        request = thinking_request(r, budgets[-1], protocol, temperature, seed)
+        request = thinking_request(r, sampling, markers)
         thinking[request.id] = r
         engine.add(request)
 
@@ -173,12 +174,12 @@ def sample_rollouts(
         for out in engine.step():
             if out.id in thinking:
                 r = thinking[out.id]
-                extend_thinking(r, out, protocol)
-                for s in due_summaries(r, budgets, num_summaries, protocol):
+                extend_thinking(r, out, markers)
+                for s in due_summaries(r, sampling.budgets, sampling.num_summaries, markers):
                     r.summaries.append(s)
                     if r.finish == "eos" and s.cut == len(r.thinking):
                         continue  # the text is over, nothing can follow: its score stays 0
-                    request = summary_request(r, s, protocol, temperature, seed)
+                    request = summary_request(r, s, sampling, markers)
                     summarising[request.id] = (r, s)
                     engine.add(request)
             else:
@@ -195,51 +196,45 @@ def sample_rollouts(
     return rollouts
 
 
-def thinking_request(
-    r: Rollout, max_budget: int, protocol: Protocol, temperature: float, seed: tuple[int, ...]
-) -> Request:
+def thinking_request(r: Rollout, sampling: Sampling, markers: Markers) -> Request:
     """Ask for a trace: the prompt, then at most b_M tokens."""
     return Request(
-        r.id,
-        tuple(r.question.prompt),
-        max_budget,
-        (protocol.think_end, *protocol.eos),
-        request_seed(*seed, r.question.index, r.sample),
-        temperature,
+        id=r.id,
+        prompt=tuple(r.question.prompt),
+        max_tokens=sampling.budgets[-1],
+        stop=(markers.think_end, *markers.eos),
+        seed=request_seed(*sampling.seed, r.question.index, r.sample),
+        temperature=sampling.temperature,
         stream=True,
     )
 
 
-def summary_request(
-    r: Rollout, s: Summary, protocol: Protocol, temperature: float, seed: tuple[int, ...]
-) -> Request:
+def summary_request(r: Rollout, s: Summary, sampling: Sampling, markers: Markers) -> Request:
     """Ask for a summary: prompt, trace up to the cut, appended text; then the answer."""
-    key = (r.question.index, r.sample, s.budget_index, s.draw)
-    prompt = (*r.question.prompt, *r.thinking[: s.cut], *s.appended)
     return Request(
-        f"{r.id}-{s.budget_index}-{s.draw}",
-        prompt,
-        protocol.max_summary_tokens,
-        protocol.eos,
-        request_seed(*seed, *key),
-        temperature,
+        id=f"{r.id}-{s.budget_index}-{s.draw}",
+        prompt=(*r.question.prompt, *r.thinking[: s.cut], *s.appended),
+        max_tokens=markers.max_summary_tokens,
+        stop=markers.eos,
+        seed=request_seed(*sampling.seed, r.question.index, r.sample, s.budget_index, s.draw),
+        temperature=sampling.temperature,
         follows=r.id,
     )
 
 
-def extend_thinking(r: Rollout, out: Output, protocol: Protocol):
+def extend_thinking(r: Rollout, out: Output, markers: Markers):
     """Append what the engine has sampled of the trace; once it is over, say how it ended."""
     r.thinking.extend(out.tokens)
     r.logp.extend(out.logp)
     if out.finished:
         last = r.thinking[-1]
         r.finish = (
-            "closed" if last == protocol.think_end else "eos" if last in protocol.eos else "length"
+            "closed" if last == markers.think_end else "eos" if last in markers.eos else "length"
         )
 
 
 def due_summaries(
-    r: Rollout, budgets: tuple[int, ...], num_summaries: int, protocol: Protocol
+    r: Rollout, budgets: tuple[int, ...], num_summaries: int, markers: Markers
 ) -> list[Summary]:
     """The new, empty summaries of every budget that the trace has crossed or can never reach."""
     due = []
@@ -250,23 +245,23 @@ def due_summaries(
         cut = cut_lengths(len(r.thinking), budgets)[j]
         closed_itself = r.finish == "closed" and cut == len(r.thinking)
         appended = (
-            protocol.answer_header
-            if closed_itself
-            else (*protocol.cut_text, *protocol.answer_header)
+            markers.answer_header if closed_itself else (*markers.cut_text, *markers.answer_header)
         )
         due += [Summary(j, draw, cut, list(appended)) for draw in range(num_summaries)]
     return due
 
 
-def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, Summary], Any]:
-    """grade(rollout, summary) -> a future of its score, or None where the format rule says 0."""
+def make_grader(grader, tokenizer, markers: Markers) -> Callable[[Rollout, Summary], Any]:
+    """grade(rollout, summary) -> a future of its score, or None where the format rule says 0.
+
+    `grader`: anything with submit(summary, ground_truth, question) -> Future of a score in [0, 1].
+    """
 
     def decode(ids) -> str:
-        ids = [i for i in ids if i not in protocol.eos]
+        ids = [i for i in ids if i not in markers.eos]
         return tokenizer.decode(ids, skip_special_tokens=False)
 
-    # The A summaries of a cut share its thinking, which can be long; caching answers brings
-    # nothing.
+    # The A summaries of a cut share its thinking, which can be long; caching answers gains nothing.
     decode_thinking = lru_cache(maxsize=256)(decode)
 
     def grade(rollout: Rollout, summary: Summary):
@@ -274,10 +269,7 @@ def make_grader(verifier, tokenizer, protocol: Protocol) -> Callable[[Rollout, S
         appended, answer = decode(summary.appended), decode(summary.tokens)
         if not has_one_think_end(thinking, appended, answer, THINK_END):
             return None
-        question = rollout.question
-        if isinstance(verifier, RewardFunction):
-            return verifier.submit(answer, question.ground_truth, question.text)
-        return verifier.submit(answer_paragraph(answer), question.ground_truth)
+        return grader.submit(answer, rollout.question.ground_truth, rollout.question.text)
 
     return grade
 
@@ -296,25 +288,27 @@ def cuts_of(rollouts: list[Rollout], num_rollouts: int, budgets: tuple[int, ...]
     return torch.tensor(cuts).reshape(-1, num_rollouts, len(budgets))
 
 
-def to_tree(
-    rollout: Rollout,
+def to_trees(
+    rollouts: list[Rollout],
     thinking_advantages: torch.Tensor,
     summary_advantages: torch.Tensor,
     budgets: tuple[int, ...],
     last_only: bool = False,
-) -> Tree:
-    """One rollout as a training tree: A_j on the thinking tokens of segment j, one per summary.
+) -> list[Tree]:
+    """One training tree per rollout: A_j on the thinking tokens of segment j, one per summary.
 
-    thinking_advantages [M], summary_advantages [M, A]. last_only trains the summaries of the last
-    budget alone (GRPO); the others are left out of the tree, since nothing attends to them.
+    thinking_advantages [B, G, M], summary_advantages [B, G, M, A]. last_only trains the summaries
+    of the last budget alone (GRPO); the others are left out, since nothing attends to them.
     """
-    last = len(budgets) - 1
-    branches = [
-        Branch(
-            s.cut, s.appended, s.tokens, summary_advantages[s.budget_index, s.draw].item(), s.logp
-        )
-        for s in rollout.summaries
-        if s.tokens and (s.budget_index == last or not last_only)
-    ]
-    per_token = token_advantages(thinking_advantages, budgets, len(rollout.thinking)).tolist()
-    return Tree(list(rollout.question.prompt), rollout.thinking, branches, per_token, rollout.logp)
+    trees, last = [], len(budgets) - 1
+    thinking_advantages = thinking_advantages.flatten(0, 1)  # [B·G, M]
+    summary_advantages = summary_advantages.flatten(0, 1)  # [B·G, M, A]
+    for r, of_segments, of_summaries in zip(rollouts, thinking_advantages, summary_advantages):
+        branches = []
+        for s in r.summaries:
+            if s.tokens and (s.budget_index == last or not last_only):
+                advantage = of_summaries[s.budget_index, s.draw].item()
+                branches.append(Branch(s.cut, s.appended, s.tokens, advantage, s.logp))
+        per_token = token_advantages(of_segments, budgets, len(r.thinking)).tolist()
+        trees.append(Tree(list(r.question.prompt), r.thinking, branches, per_token, r.logp))
+    return trees

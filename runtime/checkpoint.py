@@ -9,7 +9,6 @@ step, so there is no other state.
 
 import io
 import json
-import math
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from rollout import Rollout, Summary
 from runtime.distributed import any_process, barrier, broadcast, gather, rank, say, together
-from runtime.rundir import checkpoints, digest, drop_covered, fresh, replace, sha256, sync, write
+from runtime.rundir import checkpoints, drop_covered, fresh, replace, sha256, sync, write
 
 
 class Start(NamedTuple):
@@ -35,7 +33,6 @@ class Start(NamedTuple):
 
     checkpoint: Path | None
     step: int
-    trajectory: str  # digest of the settings and of all rollouts trained on so far
 
 
 def find(output_dir: Path, resume: str, identity: dict) -> Start:
@@ -46,7 +43,7 @@ def find(output_dir: Path, resume: str, identity: dict) -> Start:
     start = None
     with together():
         if rank() == 0:
-            start = Start(None, 0, digest(identity))
+            start = Start(None, 0)
             if resume == "auto":
                 start = _newest_intact(output_dir, identity) or start
             elif resume:
@@ -110,9 +107,7 @@ def last_good(output_dir: Path) -> str:
     )
 
 
-def save_checkpoint(
-    output_dir: Path, step: int, identity: dict, trajectory: str, model, optimizer, keep: int
-):
+def save_checkpoint(output_dir: Path, step: int, identity: dict, model, optimizer, keep: int):
     """Model and optimizer shards of every process, and a run.json with the run's identity and a
     checksum of every file. The newest `keep` checkpoints stay."""
     path = output_dir / "checkpoints" / f"step-{step:08d}"
@@ -133,12 +128,10 @@ def save_checkpoint(
     if rank() == 0:
         write(
             partial / "run.json",
-            json.dumps(
-                {"step": step, "trajectory": trajectory, "files": files, **identity}, indent=1
-            ),
+            json.dumps({"step": step, "files": files, **identity}, indent=1),
         )
         replace(partial, path)
-        drop_covered(output_dir, step, keep)
+        drop_covered(output_dir, keep)
     barrier()
 
 
@@ -146,7 +139,7 @@ def damage(path: Path) -> str:
     """What is wrong with a checkpoint's files; "" where nothing is."""
     try:
         saved = json.loads((path / "run.json").read_bytes())
-        _ = saved["step"] + 0, saved["trajectory"] + "", saved["files"][".metadata"]
+        _ = saved["step"] + 0, saved["files"][".metadata"]
         wrong = [name for name, was in saved["files"].items() if sha256(path / name) != was]
         return f"changed since it was written: {', '.join(wrong)}" if wrong else ""
     except OSError as e:
@@ -172,7 +165,7 @@ def check_checkpoint(path: Path, identity: dict) -> Start:
             f"checkpoint {path} is of another run: {'; '.join(different)}. Match the "
             "flags, or start in a new --output-dir"
         )
-    return Start(path, saved["step"], saved["trajectory"])
+    return Start(path, saved["step"])
 
 
 def load_checkpoint(path: Path, model, optimizer):
@@ -227,73 +220,3 @@ class _Planner(DefaultLoadPlanner):
         torch.save(torch.load(value, weights_only=True), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)
-
-
-def save_rollouts(path: Path, trajectory: str, rollouts: list[Rollout]) -> str:
-    """Keep a step's rollouts: most of a step's cost is in them. Returns the trajectory with them.
-
-    Rollouts with a log-prob of nan are not kept: a resumed run shall sample them again.
-    """
-    if rank() > 0:
-        return ""
-    body = json.dumps(
-        [
-            {
-                "question": r.question.index,
-                "sample": r.sample,
-                "finish": r.finish,
-                "thinking": r.thinking,
-                "logp": r.logp,
-                "summaries": [
-                    [s.budget_index, s.draw, s.cut, s.appended, s.tokens, s.logp, s.score]
-                    for s in r.summaries
-                ],
-            }
-            for r in rollouts
-        ]
-    )
-    if all(math.isfinite(x) for r in rollouts for s in (r, *r.summaries) for x in s.logp):
-        path.parent.mkdir(exist_ok=True)
-        write(path, json.dumps({"after": trajectory, "checksum": digest(body)}) + "\n" + body)
-    return digest(trajectory, body)
-
-
-def load_rollouts(
-    path: Path, trajectory: str, questions: list, num_rollouts: int, num_summaries: int
-) -> tuple[list[Rollout] | None, str]:
-    """(rollouts, trajectory with them) that an interrupted run kept at `path`, or (None, "").
-
-    Taken only where they are whole and continue this very trajectory: other weights sampled the
-    rollouts of another one. The first process decides and tells the others.
-    """
-    body = None
-    if rank() == 0 and path.exists():
-        try:
-            head, body = path.read_text().split("\n", 1)
-            head = json.loads(head)
-            if head["checksum"] != digest(body):
-                raise ValueError("changed since they were written")
-            if head["after"] != trajectory:
-                raise ValueError("of another trajectory")
-            records = [(r["question"], r["sample"], len(r["summaries"])) for r in json.loads(body)]
-            if records != [
-                (q.index, g, num_summaries) for q in questions for g in range(num_rollouts)
-            ]:
-                raise ValueError("not those of this step")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            say(f"WARNING rollouts {path} are sampled again: {e}")
-            body = None
-    if (body := broadcast(body)) is None:
-        return None, ""
-    question = {q.index: q for q in questions}
-    return [
-        Rollout(
-            question[r["question"]],
-            r["sample"],
-            r["thinking"],
-            r["logp"],
-            r["finish"],
-            [Summary(*s) for s in r["summaries"]],
-        )
-        for r in json.loads(body)
-    ], digest(trajectory, body)

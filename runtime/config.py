@@ -49,9 +49,8 @@ class Method:
     num_summaries: int = 4  # A, summaries per budget.
     # Train the summaries of all cuts (decoupled, uniform prior), or of the last budget (GRPO).
     train_summaries: Literal["all", "last"] = "all"
-    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none; and not in the
-    # paper: loo (V2 without the rollout itself), fitted (the mixture's weights by regression).
-    baseline: Literal["brpo", "progress", "group", "none", "loo", "fitted"] = "brpo"
+    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none.
+    baseline: Literal["brpo", "progress", "group", "none"] = "brpo"
     decay: float = 0.5  # λ of V1: how fast a rollout's older rewards are forgotten.
     temperature: float = 1.0  # Sampling temperature; log-probs are taken at the same one.
     max_summary_tokens: int = 7  # Generated tokens of one summary, whatever was appended.
@@ -174,19 +173,9 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         return BudgetPrior(chosen, prior_probs("uniform", chosen)).budgets
 
     @property
-    def question_options(self) -> dict:
-        """How rows become questions: the keywords of data.load_questions."""
-        return {
-            "need_ground_truth": self.reward == "math",
-            "system_prompt": self.system_prompt,
-            "chat_template_args": self.chat_template_args,
-        }
-
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens of the longest sequence in training or evaluation, the prompt included."""
-        longest_thinking = max(self.budget_prior.budgets[-1], self.evaluation_budgets[-1])
-        return self.max_prompt_tokens + longest_thinking + self.summary_room
+    def longest_thinking(self) -> int:
+        """Tokens of the longest trace in training or evaluation."""
+        return max(self.budget_prior.budgets[-1], self.evaluation_budgets[-1])
 
     @property
     def summary_room(self) -> int:
@@ -406,7 +395,7 @@ def check(config: Config, world_size: int = 1) -> None:
                 raise ValueError(f"{flag(name)} {value}: must be at most {highest:g}")
     if not c.eval_data:
         raise ValueError("--eval-data: name at least one file or set")
-    if c.num_rollouts < 2 and c.baseline in ("brpo", "group", "loo", "fitted"):
+    if c.num_rollouts < 2 and c.baseline in ("brpo", "group"):
         raise ValueError(
             f"--baseline {c.baseline} compares rollouts of one question: "
             f"--num-rollouts must be at least 2, not {c.num_rollouts}"
@@ -547,3 +536,16 @@ def evaluation_config(a: Evaluation) -> Config:
         question_field=a.question_field,
         answer_field=a.answer_field,
     )
+
+
+def parse_evaluation(args: list[str] | None = None) -> tuple[Evaluation, Config]:
+    """The arguments of evaluate.py, and the settings that they come to."""
+    import tyro
+
+    refuse_empty(args)
+    a = tyro.cli(
+        tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Evaluation),
+        args=args,
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+    return a, evaluation_config(a)

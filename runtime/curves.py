@@ -19,7 +19,7 @@ import torch
 import brpo
 from budgets import prior_probs
 from rewards import cumulative_returns, mean_rewards
-from rollout import Rollout
+from rollout import Rollout, Sampling
 from runtime import rundir
 from runtime.models import model_digest
 from runtime.watch import readable
@@ -66,19 +66,14 @@ def write_records(place: Path, records: list[dict]):
     rundir.write(place / f"from-question-{first:06d}.json", json.dumps(records))
 
 
-def curve_of(
-    records: dict[str, list[dict]],
-    budgets: tuple[int, ...],
-    samples: int,
-    temperature: float,
-    seed: int,
-) -> dict:
+def curve_of(records: dict[str, list[dict]], sampling: Sampling) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of) for name, of in records.items()}
+    budgets, temperature, seed = sampling.budgets, sampling.temperature, sampling.seed[0]
     return {
         "budgets": list(budgets),
         **summarise(columns, budgets, seed),
-        "samples": samples,
+        "samples": sampling.num_rollouts,
         "temperature": temperature,
         "seed": seed,
         "variance": variance_figure(records, budgets, temperature),
@@ -226,7 +221,7 @@ def variance_figure(
     As in the authors' code: a uniform prior over 4 even budgets whatever the training's prior; the
     samples of a question in groups of G = `group` (8 as in the paper's training; one smaller group
     if there are fewer), V2 the mean of such a group, the rollout itself included; over rollouts
-    with tokens in the segment; set by set, and then the mean over sets. loo and fitted are ours.
+    with tokens in the segment; set by set, and then the mean over sets.
 
     Not the paper's unless T = 0.6, G = 8, A = 4 and b_M = 8000: only then does `paper` say what its
     figure shows. (The same of training's own rollouts, at their temperature and prior, is

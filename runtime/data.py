@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.config import Config
 from runtime.models import first_line, skip_unreachable_hub
 from tasks import arithmetic
 from tasks.verifier import is_valid_ground_truth
@@ -292,25 +293,23 @@ def make_questions(
 
 
 def load_questions(
-    source: str,
-    tokenizer,
-    template: str,
-    max_prompt_tokens: int,
-    question_field: str = "problem",
-    answer_field: str = "answer",
-    split: str = "train",
-    limit: int = 0,
-    need_ground_truth: bool = True,
-    **chat,
+    source: str, tokenizer, c: Config, split: str, limit: int = 0
 ) -> tuple[list[Question], str]:
     """The first `limit` (0: all) questions of a source, and a line that counts the dropped."""
-    rows, invalid = load_rows(source, question_field, answer_field, split, need_ground_truth)
+    rows, invalid = load_rows(
+        source, c.question_field, c.answer_field, split, need_ground_truth=c.reward == "math"
+    )
     questions, overlong = make_questions(
-        rows[: limit or None], tokenizer, template, max_prompt_tokens, **chat
+        rows[: limit or None],
+        tokenizer,
+        c.prompt_template,
+        c.max_prompt_tokens,
+        c.system_prompt,
+        c.chat_template_args,
     )
     return questions, (
         f"{source}: {len(questions)} questions ({invalid} dropped without a ground "
-        f"truth, {overlong} longer than {max_prompt_tokens} prompt tokens)"
+        f"truth, {overlong} longer than {c.max_prompt_tokens} prompt tokens)"
     )
 
 

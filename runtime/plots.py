@@ -186,7 +186,7 @@ def write_results(
     """eval.json, table.md, anytime_curve.png; and the table on the terminal."""
     first, *others = a.models
     texts = {
-        m: {name: [(q.index, q.text) for q in of] for name, of in opened[m][2].items()}
+        m: {name: [(q.index, q.text) for q in of] for name, of in opened[m].sets.items()}
         for m in a.models
     }
     columns = {m: {name: per_question(of) for name, of in records[m].items()} for m in a.models}

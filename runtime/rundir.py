@@ -187,19 +187,10 @@ def read_lines(path: Path) -> list[dict]:
     return good
 
 
-def drop_covered(output_dir: Path, step: int, keep: int):
-    """What the checkpoint of `step` makes needless: all but the newest `keep` checkpoints, and the
-    kept rollouts of the steps before it. For the first process alone."""
+def drop_covered(output_dir: Path, keep: int):
+    """Delete all checkpoints but the newest `keep`. For the first process alone."""
     for stale in checkpoints(output_dir)[:-keep]:
         remove(stale)
-    drop_rollouts(output_dir, before=step)
-
-
-def drop_rollouts(output_dir: Path, before: int):
-    """Forget the kept rollouts of steps below `before`."""
-    for path in (output_dir / "rollouts").glob("step-*.json") if rank() == 0 else []:
-        if re.fullmatch(r"step-\d{8}", path.stem) and int(path.stem[-8:]) < before:
-            path.unlink()
 
 
 def without_nan(value):

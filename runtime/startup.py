@@ -1,4 +1,4 @@
-"""Is everything there? What a run checks, and then loads, before its first step.
+"""What a run checks, and then loads, before its first step.
 
 `prepare` checks all that can be checked without weights, so that a mistake costs seconds; `load`
 makes engine, model and optimizer at the step to start from.
@@ -6,13 +6,15 @@ makes engine, model and optimizer at the step to start from.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
-from rollout import Protocol
+from rollout import Markers, make_grader
 from runtime import checkpoint, distributed, rundir
 from runtime.config import Config, Evaluation, batch_arithmetic, check
 from runtime.data import digest_of, load_questions, make_questions, set_names
@@ -20,35 +22,69 @@ from runtime.engines import make_engine, require_engine
 from runtime.metrics import Logger, require_logger
 from runtime.models import check_attention, model_digest, open_tokenizer
 from tasks import arithmetic
-from tasks.reward_function import require_reward, reward_source
+from tasks.reward_function import make_verifier, require_reward, reward_source
 
 
-@dataclass
-class Run:
-    """What `prepare` found out before any weight was loaded."""
+@dataclass(kw_only=True)
+class Opened:
+    """A model's tokenizer, and the evaluation questions in its tokens; no weight is loaded yet."""
+
+    tokenizer: object
+    markers: Markers
+    sets: dict[str, list]  # name -> questions
+    longest: int  # tokens of the longest sequence, prompt and summary included
+    reports: list[str]  # what was read, one line a set
+    grade: Callable | None = None  # rollout.make_grader's
+
+
+@dataclass(kw_only=True)
+class Run(Opened):
+    """What the loop needs besides engine, model and optimizer."""
 
     dir: Path
-    lock: object  # the directory is this run's while this file is open
+    lock: object  # the directory is this run's until it is closed
     device: torch.device
-    tokenizer: object
-    protocol: Protocol
     questions: list
-    eval_sets: dict
     steps: int
     checkpoint: Path | None
     first_step: int
-    trajectory: str  # digest of the identity and of all rollouts trained on so far
     identity: dict  # all that changes the numbers; checkpoints must agree
     evaluation: dict  # all that changes an evaluation; only like ones are compared
     history: list = field(default_factory=list)  # evaluations so far
+    verifier: object = None
     logger: Logger | None = None
+    bar: tqdm | None = None
     skipped: int = 0  # updates skipped in a row
 
     def close(self):
-        """End the log, and let go of the directory: only the first process holds it."""
-        self.logger.close()
-        if self.lock:
-            self.lock.close()
+        """End the graders and the log, and let go of the directory."""
+        for part in (self.verifier, self.logger, self.bar, self.lock):
+            if part is not None:
+                part.close()
+
+
+def open_model(model: str, c: Config, longest_thinking: int, ask: str = "") -> Opened:
+    """ValueError where the model cannot be used as `c` says, or the questions cannot be read.
+
+    `ask`: this one question instead of the evaluation sets.
+    """
+    tokenizer, eos = open_tokenizer(model, c.max_prompt_tokens + longest_thinking + c.summary_room)
+    markers = Markers.from_tokenizer(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
+    longest = c.max_prompt_tokens + longest_thinking + c.summary_room
+    sets, reports = {}, []
+    if ask:
+        sets["ask"], _ = make_questions(
+            [(ask, "")],
+            tokenizer,
+            c.prompt_template,
+            c.max_prompt_tokens,
+            c.system_prompt,
+            c.chat_template_args,
+        )
+    for name in [] if ask else set_names(c.eval_data):
+        sets[name], report = load_questions(name, tokenizer, c, "test", c.eval_questions)
+        reports.append(report)
+    return Opened(tokenizer=tokenizer, markers=markers, sets=sets, longest=longest, reports=reports)
 
 
 def prepare(c: Config) -> Run:
@@ -65,7 +101,48 @@ def prepare(c: Config) -> Run:
     device, directory = distributed.start(), Path(c.output_dir)
     lock = rundir.enter(directory, c.resume)
 
-    # Not part of a run's identity: where it runs, how often it looks and saves, how far it goes.
+    check_attention(c.model)
+    opened = open_model(c.model, c, c.longest_thinking)
+    questions, report = load_questions(c.train_data, opened.tokenizer, c, "train")
+    if len(questions) < c.questions_per_step:
+        raise ValueError(
+            f"{c.train_data} has {len(questions)} usable questions, fewer than "
+            f"--questions-per-step {c.questions_per_step}: lower it"
+        )
+    identity = identity_of(c, questions)
+    newest, first_step = checkpoint.find(directory, c.resume, identity)
+    steps = c.steps or c.epochs * (len(questions) // c.questions_per_step)
+    if steps < first_step:
+        raise ValueError(f"{newest} is at step {first_step}, beyond --steps {steps}: raise it")
+    if distributed.rank() == 0:
+        reports = [f"  {line}" for line in (report, *opened.reports)]
+        print(batch_arithmetic(c, world), *reports, sep="\n")
+        print(f"  {steps} steps from {first_step}" + (f" (resuming {newest})" if newest else ""))
+    return Run(
+        **vars(opened),
+        dir=directory,
+        lock=lock,
+        device=device,
+        questions=questions,
+        steps=steps,
+        checkpoint=newest,
+        first_step=first_step,
+        identity=identity,
+        evaluation={
+            "budgets": list(c.evaluation_budgets),
+            "samples": c.eval_samples,
+            "temperature": c.eval_temperature,
+            "seed": c.seed,
+            "data": {name: digest_of(questions) for name, questions in opened.sets.items()},
+        },
+    )
+
+
+def identity_of(c: Config, questions: list) -> dict:
+    """All that changes a run's numbers: a checkpoint of another identity is not resumed.
+
+    Not part of it: where a run is, how often it looks and saves, how far it goes.
+    """
     free = {
         "output_dir",
         "resume",
@@ -84,67 +161,21 @@ def prepare(c: Config) -> Run:
     if c.lr_schedule == "linear":
         free -= {"steps", "epochs"}  # the rate of every step depends on how many there will be
     settings = json.loads(json.dumps(asdict(c)))
-    identity = {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
-
-    tokenizer, eos = open_tokenizer(c.model, c.longest_sequence)
-    check_attention(c.model)
-    protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
-    how = (tokenizer, c.prompt_template, c.max_prompt_tokens, c.question_field, c.answer_field)
-    questions, report = load_questions(c.train_data, *how, **c.question_options)
-    reports, eval_sets = [report], {}
-    for name in set_names(c.eval_data):
-        eval_sets[name], report = load_questions(
-            name, *how, "test", c.eval_questions, **c.question_options
-        )
-        reports.append(report)
-    if len(questions) < c.questions_per_step:
-        raise ValueError(
-            f"{c.train_data} has {len(questions)} usable questions, fewer than "
-            f"--questions-per-step {c.questions_per_step}: lower it"
-        )
-    identity |= {
+    return {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")} | {
         "data": digest_of(questions),
         "model_files": model_digest(c.model),
         "reward_file": rundir.digest(reward_source(c.reward)),
     }
-    newest, first_step, trajectory = checkpoint.find(directory, c.resume, identity)
-    evaluation = {
-        "budgets": list(c.evaluation_budgets),
-        "samples": c.eval_samples,
-        "temperature": c.eval_temperature,
-        "seed": c.seed,
-        "data": {name: digest_of(questions) for name, questions in eval_sets.items()},
-    }
-    steps = c.steps or c.epochs * (len(questions) // c.questions_per_step)
-    if steps < first_step:
-        raise ValueError(f"{newest} is at step {first_step}, beyond --steps {steps}: raise it")
-    if distributed.rank() == 0:
-        print(batch_arithmetic(c, world), *(f"  {line}" for line in reports), sep="\n")
-        print(f"  {steps} steps from {first_step}" + (f" (resuming {newest})" if newest else ""))
-    return Run(
-        directory,
-        lock,
-        device,
-        tokenizer,
-        protocol,
-        questions,
-        eval_sets,
-        steps,
-        newest,
-        first_step,
-        trajectory,
-        identity,
-        evaluation,
-    )
 
 
 def load(c: Config, run: Run):
-    """Engine, model and optimizer at the first step. The engine first: it takes its memory before
-    training does."""
-    device = run.device
-    if distributed.rank() == 0:
+    """Engine, model and optimizer at the first step; graders, log and progress bar into `run`.
+
+    The engine first: it takes its memory before training does.
+    """
+    device, first = run.device, distributed.rank() == 0
+    if first:
         run.history = rundir.begin(run.dir, run.checkpoint, run.first_step)
-        rundir.drop_covered(run.dir, run.first_step, c.keep_checkpoints)  # a kill came before
         if c.model == "miniature":
             arithmetic.load_or_write_base(Path("runs"), c.seed)
     run.history = distributed.broadcast(run.history)
@@ -152,12 +183,12 @@ def load(c: Config, run: Run):
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log file is no place for bars
 
-    path = str(arithmetic.base_path(Path("runs"), c.seed)) if c.model == "miniature" else c.model
+    path = c.model
+    if c.model == "miniature":
+        path = str(arithmetic.base_path(Path("runs"), c.seed))
     if device.type == "cpu":
         distributed.limit_threads(path)  # before the engine: once vLLM runs it does nothing
-    engine = make_engine(
-        c.engine, path, device, c.longest_sequence, c.tensor_parallel_size, c.kv_cache_gb
-    )
+    engine = make_engine(c.engine, path, device, run.longest, c.tensor_parallel_size, c.kv_cache_gb)
     torch.manual_seed(c.seed)  # after the engine, whose start reseeds; nothing below draws
     model = distributed.load_policy(path, device)
     optimizer = torch.optim.AdamW(
@@ -166,13 +197,22 @@ def load(c: Config, run: Run):
     if run.checkpoint:
         checkpoint.load_checkpoint(run.checkpoint, model, optimizer)
         engine.sync_weights(distributed.full_weights(model), version=run.first_step)
-    if distributed.rank() == 0:  # last: with it the directory holds a run, which --resume wants
+    run.verifier = make_verifier(c)
+    run.grade = make_grader(run.verifier, run.tokenizer, run.markers)
+    run.bar = tqdm(
+        total=run.steps,
+        initial=run.first_step,
+        desc=c.experiment,
+        unit="step",
+        disable=None if first else True,  # None: no bar where stderr is no terminal
+    )
+    if first:  # Written last: its presence marks a started run.
         rundir.write(run.dir / "config.json", json.dumps(asdict(c), indent=1))
     return engine, model, optimizer
 
 
-def prepare_evaluation(a: Evaluation, c: Config) -> dict:
-    """{model: (tokenizer, protocol, question sets)}, checked before any weight is loaded."""
+def prepare_evaluation(a: Evaluation, c: Config) -> dict[str, Opened]:
+    """Every model with its questions, checked before any weight is loaded."""
     if not a.models:
         raise ValueError("no model: name one or more directories or hub names")
     if "miniature" in a.models:
@@ -183,38 +223,9 @@ def prepare_evaluation(a: Evaluation, c: Config) -> dict:
     check(c)
     require_engine(c.engine)
     require_reward(c.reward)
-    opened = {}
-    for model in a.models:
-        tokenizer, eos = open_tokenizer(
-            model, c.max_prompt_tokens + c.evaluation_budgets[-1] + c.summary_room
-        )
-        sets = {}
-        for name in [] if a.ask else set_names(c.eval_data):
-            sets[name], report = load_questions(
-                name,
-                tokenizer,
-                c.prompt_template,
-                c.max_prompt_tokens,
-                c.question_field,
-                c.answer_field,
-                "test",
-                c.eval_questions,
-                **c.question_options,
-            )
-            if distributed.rank() == 0 and model == a.models[0]:
-                print(report)
-        if a.ask:
-            sets, _ = make_questions(
-                [(a.ask, "")],
-                tokenizer,
-                c.prompt_template,
-                c.max_prompt_tokens,
-                c.system_prompt,
-                c.chat_template_args,
-            )
-        protocol = Protocol.of(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
-        opened[model] = tokenizer, protocol, sets
+    opened = {m: open_model(m, c, c.evaluation_budgets[-1], a.ask) for m in a.models}
     if distributed.rank() == 0 and not a.ask:
+        print(*opened[a.models[0]].reports, sep="\n")
         try:
             a.output.mkdir(parents=True, exist_ok=True)
         except OSError as e:

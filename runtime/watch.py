@@ -4,31 +4,21 @@ shown afterwards."""
 import sys
 
 from rewards import answer_paragraph
-from rollout import Protocol, Rollout, sample_rollouts
+from rollout import Markers, Rollout, Sampling, sample_rollouts
 from runtime.engines import PlainEngine
 from tasks.verifier import extract_answer
 
 
-def ask(
-    engine,
-    question,
-    budgets: tuple[int, ...],
-    protocol: Protocol,
-    tokenizer,
-    temperature: float,
-    seed: tuple[int, ...],
-    label: str = "",
-    out=None,
-):
+def ask(engine, question, sampling: Sampling, opened, label: str = "", out=None):
     """Sample one trace of `question` and an answer at each budget; print both as they come.
 
     The same tokens as sample 0 of question 0 in an evaluation of the same seed and budgets.
     """
     if isinstance(engine, PlainEngine):
         engine.one_token_steps = True
-    watched = Watched(engine, budgets, protocol, tokenizer, out or sys.stdout)
+    watched = Watched(engine, sampling.budgets, opened.markers, opened.tokenizer, out or sys.stdout)
     print(f"{label and label + ': '}{question.text}", file=watched.out)
-    sample_rollouts(watched, [question], budgets, 1, 1, protocol, temperature, seed)
+    sample_rollouts(watched, [question], sampling, opened.markers)
     watched.close()
 
 
@@ -37,8 +27,8 @@ class Watched:
     each answer at its budget. There the trace's print waits for the answer; its sampling does not.
     """
 
-    def __init__(self, engine, budgets: tuple[int, ...], protocol: Protocol, tokenizer, out):
-        self.engine, self.budgets, self.protocol = engine, budgets, protocol
+    def __init__(self, engine, budgets: tuple[int, ...], markers: Markers, tokenizer, out):
+        self.engine, self.budgets, self.markers = engine, budgets, markers
         self.tokenizer, self.out = tokenizer, out
         self.thinking: list[int] = []
         self.answers: dict[int, list[int]] = {}  # budget index -> tokens so far
@@ -78,7 +68,7 @@ class Watched:
             self.print_answer(budget)
 
     def print_answer(self, budget: int):
-        tokens = [t for t in self.answers.get(self.asked, []) if t not in self.protocol.eos]
+        tokens = [t for t in self.answers.get(self.asked, []) if t not in self.markers.eos]
         text = answer_paragraph(self.tokenizer.decode(tokens))
         answer = extract_answer(text) or (text and f"(no box) {text}") or "none: the text had ended"
         seen = min(budget, len(self.thinking))

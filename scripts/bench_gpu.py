@@ -22,7 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import brpo
 from packing import Branch, Tree, balance, is_visible, pack
-from rollout import Protocol, sample_rollouts, to_tree
+from rollout import Markers, sample_rollouts, to_tree
 from runtime import distributed
 from runtime.config import PRESETS, Config
 from runtime.data import Question
@@ -164,7 +164,7 @@ def bench_training(a: Arguments, c: Config, model, budgets, row_tokens: int, dev
 
 
 def bench_sampling(a: Arguments, c: Config, engine, model, budgets, device):
-    protocol = Protocol(
+    markers = Markers(
         think_end=2,
         eos=(1,),
         cut_text=(3, 4, 2),
@@ -182,7 +182,7 @@ def bench_sampling(a: Arguments, c: Config, engine, model, budgets, device):
                 budgets,
                 c.num_rollouts * 8,
                 c.num_summaries,
-                protocol,
+                markers,
                 1.0,
                 (0, 0),
             )

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 import torch
 
 from budgets import BudgetPrior
-from rollout import Protocol, sample_rollouts
+from rollout import Markers, sample_rollouts
 from runtime import distributed
 from runtime.data import Question
 from runtime.engines import VllmEngine
@@ -68,7 +68,7 @@ def write_model(path: Path, context: int):
     arithmetic.make_model(max_position_embeddings=context).save_pretrained(path)
 
 
-def compare(engine, questions, budgets, rollouts, summaries, protocol, lengths, repeats):
+def compare(engine, questions, budgets, rollouts, summaries, markers, lengths, repeats):
     """Runs of both sides in turn: {side: [(steps, wall seconds, CPU seconds, first summary's step,
     last thinking's step)]}."""
     runs = {"streaming": [], "two-phase": []}
@@ -83,7 +83,7 @@ def compare(engine, questions, budgets, rollouts, summaries, protocol, lengths, 
             )
             side_engine = counted if side == "streaming" else TwoPhases(counted)
             done = sample_rollouts(
-                side_engine, questions, budgets, rollouts, summaries, protocol, 1.0, (0, repeat)
+                side_engine, questions, budgets, rollouts, summaries, markers, 1.0, (0, repeat)
             )
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             said[side] = [(r.thinking, [s.tokens for s in r.summaries]) for r in done]
@@ -133,7 +133,7 @@ def main():
         Question(q, "?", "5", tuple(rng.randrange(5, 40) for _ in range(prompt_tokens)))
         for q in range(a.questions)
     ]
-    protocol = Protocol.of(arithmetic.make_tokenizer(), a.max_summary_tokens)
+    markers = Markers.from_tokenizer(arithmetic.make_tokenizer(), a.max_summary_tokens)
     budgets = BudgetPrior.make("uniform", a.max_budget, a.budgets).budgets
     ordered = sorted(lengths.values())
     print(
@@ -152,7 +152,7 @@ def main():
             torch.set_num_threads(1)
             engine = VllmEngine(folder, device, longest, slots=slots)
             runs = compare(
-                engine, questions, budgets, a.rollouts, a.summaries, protocol, lengths, a.repeats
+                engine, questions, budgets, a.rollouts, a.summaries, markers, lengths, a.repeats
             )
             engine.close()
             for side, values in runs.items():

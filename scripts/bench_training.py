@@ -41,7 +41,7 @@ from packing import (
     pack,
     token_logprobs,
 )
-from rollout import Protocol, sample_rollouts
+from rollout import Markers, sample_rollouts
 from runtime.data import load_questions
 from runtime.engines import PlainEngine
 from tasks import arithmetic
@@ -269,13 +269,13 @@ def bench_sample(repeats: int):
     path = arithmetic.load_or_write_base(ROOT / "runs", 0)
     tokenizer, engine = AutoTokenizer.from_pretrained(path), PlainEngine(str(path))
     questions, _ = load_questions("miniature", tokenizer, "{question}", 12)
-    protocol, keep = Protocol.of(tokenizer, 7), engine._keep
+    markers, keep = Markers.from_tokenizer(tokenizer, 7), engine._keep
 
     def sample():
         return [
             s.tokens
             for r in sample_rollouts(
-                engine, questions[:16], (16, 32, 48, 64), 8, 4, protocol, 1.0, (0, 0)
+                engine, questions[:16], (16, 32, 48, 64), 8, 4, markers, 1.0, (0, 0)
             )
             for s in r.summaries
         ]

@@ -111,13 +111,13 @@ def main(args: list[str]) -> bool:
     return verdicts.good
 
 
-def every_other_grader(verifier, tokenizer, protocol):
+def every_other_grader(verifier, tokenizer, markers):
     """Grade as usual, but let every other summary score 1, whatever it says.
 
     At budgets this small nearly every true score is the same, and without a difference nothing is
     learned: no weight would move, and a sync that does nothing would pass.
     """
-    grade = rollout.make_grader(verifier, tokenizer, protocol)
+    grade = rollout.make_grader(verifier, tokenizer, markers)
 
     def every_other(r, summary):
         grade(r, summary)

@@ -31,7 +31,7 @@ from tasks import arithmetic
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 TUNING_SEEDS = (5, 6)
 TUNED = ("ar-uniform", "grpo")
-BASELINES = ("group", "loo", "progress", "none", "fitted")  # besides brpo, in ar-uniform
+BASELINES = ("group", "progress", "none")  # besides brpo, in ar-uniform
 # The paper's grpo-vr-decouple is its ar-base by another name: all its settings are the same.
 VARIANTS = {
     **{e: ("--experiment", e) for e in EXPERIMENTS if e != "grpo-vr-decouple"},
@@ -91,7 +91,10 @@ def run_all(jobs: int, wanted: list[tuple[str, int, float]]):
 
 
 def make_base(seed: int):
-    code = f"import pathlib, miniature; arithmetic.load_or_write_base(pathlib.Path('runs'), {seed})"
+    code = (
+        "from pathlib import Path; from tasks import arithmetic; "
+        f"arithmetic.load_or_write_base(Path('runs'), {seed})"
+    )
     if not arithmetic.base_path(ROOT / "runs", seed).exists():
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
@@ -251,7 +254,7 @@ def residuals(results_at: list[Path], baseline: str) -> list[float]:
 def variance_table(paths: list[Path]) -> str:
     rows = [
         [f"`{b}`", *(f"{x:.2f}" for x in residuals(paths, b))]
-        for b in ("brpo", "group", "loo", "progress", "fitted")
+        for b in ("brpo", "group", "progress")
     ]
     return markdown(["baseline", "segment 1", "2", "3", "4"], rows)
 
@@ -314,7 +317,7 @@ def draw_study(runs: dict[str, list[Path]], path: Path):
                 name,
                 colour,
             )
-        for name, colour in zip(("brpo", "group", "loo", "progress", "fitted"), COLOURS):
+        for name, colour in zip(("brpo", "group", "progress"), COLOURS):
             values = residuals(runs["ar-uniform"], name)
             variance.plot(
                 range(1, len(values) + 1),

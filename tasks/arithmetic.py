@@ -2,7 +2,7 @@
 
 Anytime reasoning needs a policy that thinks well but wastefully. No such model fits on a CPU, so
 this file trains one: a tiny Qwen2 imitates sloppy traces of last-digit arithmetic, in a minute or
-two. Everything else (protocol, verifier, packing, loss, loop) is what the 1.5B run uses; only the
+two. Everything else (markers, verifier, packing, loss, loop) is what the 1.5B run uses; only the
 sizes differ.
 
     question   2 +2 *7 ?                 evaluate left to right, answer with the last digit

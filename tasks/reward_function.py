@@ -20,6 +20,7 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
+from rewards import answer_paragraph
 from tasks.verifier import START_TIMEOUT, Grader, Verifier, ask, serve, start
 
 
@@ -61,10 +62,17 @@ def command(name: str) -> list[str]:
     return ["-c", code, name]
 
 
+class SummaryVerifier(Verifier):
+    """The math verifier, on the part of a summary that counts: its first paragraph."""
+
+    def submit(self, summary: str, ground_truth, question: str = "") -> Future:
+        return super().submit(answer_paragraph(summary), ground_truth)
+
+
 def make_verifier(c):
     """What grades, by the flag --reward: the math verifier, or a function."""
     if c.reward == "math":
-        return Verifier(c.verifier_workers)
+        return SummaryVerifier(c.verifier_workers)
     return RewardFunction(c.reward, c.verifier_workers, c.reward_timeout)
 
 

@@ -599,8 +599,11 @@ class Verifier(Grader):
         super()._reset()  # waiting futures are the parent's
         self._known = {key: v for key, v in self._known.items() if isinstance(v, str)}
 
-    def submit(self, summary: str, ground_truth) -> Future:
-        """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list."""
+    def submit(self, summary: str, ground_truth, question: str = "") -> Future:
+        """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list.
+
+        The question is not read: it is there so that all graders are called alike.
+        """
         if self._pid != os.getpid():  # a forked child must not talk into its parent's pipes
             self._reset()
         box = extract_answer(summary) if isinstance(summary, str) else None

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import evaluate
 import train
 from evaluate import EVALUATION, anytime_curve
-from rollout import Output, Protocol, sample_rollouts
+from rollout import Markers, Output, sample_rollouts
 from runtime.config import parse
 from runtime.data import PAPER_SETS, Question
 from runtime.engines import PlainEngine
@@ -50,7 +50,7 @@ class CountingEngine:
 
 def test_the_curve_by_hand(tiny_model_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    protocol = Protocol.of(tokenizer, 7)
+    markers = Markers.from_tokenizer(tokenizer, 7)
     prompt = tuple(tokenizer.encode("1 +1 +1 ?<think>"))
     questions = [
         Question(0, "", "3", prompt),
@@ -62,7 +62,7 @@ def test_the_curve_by_hand(tiny_model_path):
             {"a": questions, "b": questions[:1]},
             (1, 2, 3, 8),
             2,
-            protocol,
+            markers,
             tokenizer,
             verifier,
         )
@@ -228,12 +228,12 @@ def test_the_papers_sets_are_five_panels_and_five_rows(trained_model_path, tmp_p
 @pytest.mark.parametrize("budgets", [(3, 5, 12), (12, 24, 48)])
 def test_ask_prints_each_answer_at_its_budget(budgets, trained_model_path):
     tokenizer = AutoTokenizer.from_pretrained(trained_model_path)
-    protocol = Protocol.of(tokenizer, 7)
+    markers = Markers.from_tokenizer(tokenizer, 7)
     prompt = tuple(tokenizer.encode("2 +3 *7 ?<think>"))
     question, seed = Question(0, "2 +3 *7 ?", "", prompt), (0, EVALUATION, 0)
     engine, out = PlainEngine(str(trained_model_path)), io.StringIO()
-    (r,) = sample_rollouts(engine, [question], budgets, 1, 1, protocol, 1.0, seed)
-    ask(engine, question, budgets, protocol, tokenizer, 1.0, seed, out=out)
+    (r,) = sample_rollouts(engine, [question], budgets, 1, 1, markers, 1.0, seed)
+    ask(engine, question, budgets, markers, tokenizer, 1.0, seed, out=out)
     text, start = out.getvalue(), 0
     for b, s in zip(budgets, r.summaries):
         end = text.index(f"after {b} tokens", start)

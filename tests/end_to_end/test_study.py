@@ -36,7 +36,7 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
         (out / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (before, entry)))
         residuals = {
             f"variance_trained/residual/{b}": [1.0, 0.9, None, value]
-            for b in ("brpo", "group", "loo", "progress", "fitted")
+            for b in ("brpo", "group", "progress")
         }
         lines = [residuals, residuals | {k: [0.5, 0.5, 0.5, value] for k in residuals}]
         (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -53,7 +53,7 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
     study.write_results((0, 1), {"ar-uniform": 6e-4, "grpo": 3e-4}, tmp_path)
     text = (tmp_path / "study.md").read_text()
     results = text[text.index("|  | @8") :]
-    for variant, lr in (("grpo-vr", 6e-4), ("grpo", 3e-4), ("ar-uniform, loo", 6e-4)):
+    for variant, lr in (("grpo-vr", 6e-4), ("grpo", 3e-4), ("ar-uniform, group", 6e-4)):
         mean = (known[variant, 0, lr] + known[variant, 1, lr]) / 2
         row = next(line for line in results.splitlines() if line.startswith(f"| `{variant}` |"))
         assert f" {mean:.3f} ± " in row

@@ -90,97 +90,12 @@ def test_advantages_are_return_minus_the_named_baseline(rewards, returns):
         "progress": brpo.progress_baseline(rewards, PROBS),
         "group": brpo.group_baseline(returns),
         "none": torch.zeros_like(returns),
-        "loo": brpo.leave_one_out_baseline(returns),
-        "fitted": brpo.fitted_baseline(rewards, returns, BUDGETS, PROBS),
     }
     assert set(expected) == set(brpo.BASELINES)
     for name, value in expected.items():
         assert torch.allclose(
             brpo.thinking_advantages(rewards, returns, BUDGETS, PROBS, name), returns - value
         )
-
-
-def test_leave_one_out_baseline_by_brute_force(returns):
-    v = brpo.leave_one_out_baseline(returns)
-    for g in range(5):
-        others = [h for h in range(5) if h != g]
-        assert torch.allclose(v[:, g], returns[:, others].mean(1))
-
-
-LENGTHS = torch.tensor([[25, 5, 100, 60, 31], [9, 99, 61, 40, 12], [70, 80, 90, 10, 30]])
-
-
-def test_fitted_baseline_against_numpy(rewards, returns):
-    import numpy as np
-
-    fitted = brpo.fitted_baseline(rewards, returns, BUDGETS, PROBS, thinking_lengths=LENGTHS)
-    v1, v2 = brpo.progress_baseline(rewards, PROBS), brpo.leave_one_out_baseline(returns)
-    starts, prior = [0, 10, 30, 60], np.array([0.0, 0.0, 1.0])
-    for b in range(3):
-        for j in range(4):
-            rows = [
-                ([1.0, v1[i, g, j].item(), v2[i, g, j].item()], returns[i, g, j].item())
-                for i in range(3)
-                for g in range(5)
-                if i != b and LENGTHS[i, g] > starts[j]
-            ]
-            rows += [(0.1 * np.eye(3)[k], 0.1 * prior[k]) for k in range(3)]  # ridge 0.01 = 0.1²
-            x, y = (np.array(column) for column in zip(*rows))
-            beta = np.linalg.lstsq(x, y, rcond=None)[0]
-            for g in range(5):
-                own = np.array([1.0, v1[b, g, j].item(), v2[b, g, j].item()])
-                assert fitted[b, g, j].item() == pytest.approx(own @ beta)
-
-
-def test_fitted_weights_never_see_the_question_they_are_applied_to(rewards, returns):
-    """Other rewards and lengths of question 0: what it earns itself cannot move its own weights.
-
-    Read off by fitting with and without the change, at features that are the same in both."""
-
-    def weights_of_question_0(rewards, lengths):
-        # The baseline is linear in the question's own features: three probes give three weights.
-        returns = cumulative_returns(rewards, PROBS)
-        fitted = brpo.fitted_baseline(rewards, returns, BUDGETS, PROBS, thinking_lengths=lengths)
-        v1, v2 = brpo.progress_baseline(rewards, PROBS), brpo.leave_one_out_baseline(returns)
-        x = torch.stack([torch.ones_like(v1[0]), v1[0], v2[0]], -1)  # [G, M, 3]
-        return [torch.linalg.lstsq(x[:, j], fitted[0, :, j]).solution for j in range(1, 4)]
-
-    changed, lengths = rewards.clone(), LENGTHS.clone()
-    changed[0] = torch.rand(5, 4, generator=torch.Generator().manual_seed(3)).double()
-    lengths[0] = 100
-    before = weights_of_question_0(changed, LENGTHS)
-    other = changed.clone()
-    other[0] = torch.rand(5, 4, generator=torch.Generator().manual_seed(4)).double()
-    for a, b in zip(before, weights_of_question_0(other, lengths)):
-        assert torch.allclose(a, b, atol=1e-9)
-    other[1] = 1 - other[1]  # the others do move them
-    assert not torch.allclose(before[-1], weights_of_question_0(other, lengths)[-1], atol=1e-3)
-
-
-def test_fitted_baseline_of_segment_j_ignores_its_own_rollout_from_j_on(rewards, returns):
-    later = rewards.clone()
-    later[0, 0, 2:] = 1 - later[0, 0, 2:]
-    v = [
-        brpo.fitted_baseline(r, cumulative_returns(r, PROBS), BUDGETS, PROBS)[0, 0]
-        for r in (rewards, later)
-    ]
-    assert torch.allclose(v[0][:3], v[1][:3])  # segment 3 starts after reward 2
-
-
-@pytest.mark.parametrize("questions", [1, 2])
-def test_fitted_baseline_with_nothing_to_fit_is_the_leave_one_out_mean(questions, rewards):
-    rewards = rewards[:questions]
-    returns = cumulative_returns(rewards, PROBS)
-    none_that_long = torch.full((questions, 5), 20)  # nobody has tokens in segments 3 and 4
-    fitted = brpo.fitted_baseline(rewards, returns, BUDGETS, PROBS, thinking_lengths=none_that_long)
-    v2 = brpo.leave_one_out_baseline(returns)
-    assert torch.allclose(fitted[..., 2:], v2[..., 2:]) and fitted.isfinite().all()
-    if questions == 1:
-        assert torch.allclose(fitted, v2)
-    constant = torch.ones(questions, 5, 4).double()  # all columns constant: singular without ridge
-    returns = cumulative_returns(constant, PROBS)
-    fitted = brpo.fitted_baseline(constant, returns, BUDGETS, PROBS)
-    assert (fitted - returns).abs().max() < 1e-9
 
 
 def test_token_advantages_by_brute_force():
@@ -221,7 +136,7 @@ def test_group_advantages_sum_to_zero_over_the_group(rewards, returns):
 def test_bad_baselines_are_refused(rewards, returns):
     with pytest.raises(ValueError, match="unknown baseline"):
         brpo.thinking_advantages(rewards, returns, BUDGETS, PROBS, "critic")
-    for name in ("brpo", "group", "loo", "fitted"):
+    for name in ("brpo", "group"):
         with pytest.raises(ValueError, match="G >= 2"):
             brpo.thinking_advantages(rewards[:, :1], returns[:, :1], BUDGETS, PROBS, name)
 

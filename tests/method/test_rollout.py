@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import rollout
-from rollout import Output, Protocol, Request, request_seed, sample_rollouts, to_tree
+from rollout import Markers, Output, Request, request_seed, sample_rollouts, to_tree
 from runtime.data import Question
 from runtime.engines import PlainEngine, sample_tokens
 from tests.conftest import TwoPhases
 
-PROTOCOL = Protocol(
+MARKERS = Markers(
     think_end=90, eos=(99,), cut_text=(80, 90), answer_header=(81,), max_summary_tokens=6
 )
 BUDGETS = (2, 4, 6)
@@ -55,7 +55,7 @@ def run(traces, streaming=True, grade=None, num_summaries=2):
         BUDGETS,
         len(traces),
         num_summaries,
-        PROTOCOL,
+        MARKERS,
         1.0,
         (0, 0),
         grade,
@@ -271,7 +271,7 @@ def test_summaries_reuse_the_keys_and_values_of_their_trace(
 ):
     """Same tokens as from the whole prefix, of which only the appended text is computed again. With
     room for few traces or none, the others are."""
-    protocol, widths, forward = Protocol.of(tokenizer, 5), [], engine.model.forward
+    markers, widths, forward = Markers.from_tokenizer(tokenizer, 5), [], engine.model.forward
     questions = [
         Question(i, "", "4", tuple(tokenizer.encode(text + " ?<think>")))
         for i, text in enumerate(("2 +2", "7 *3 -1 +4"))
@@ -280,7 +280,7 @@ def test_summaries_reuse_the_keys_and_values_of_their_trace(
     def sampled():
         return [
             (s.tokens, s.logp)
-            for r in sample_rollouts(engine, questions, (4, 9, 12), 4, 2, protocol, 1.0, (0, 0))
+            for r in sample_rollouts(engine, questions, (4, 9, 12), 4, 2, markers, 1.0, (0, 0))
             for s in r.summaries
         ]
 
@@ -307,7 +307,7 @@ def test_summaries_reuse_the_keys_and_values_of_their_trace(
     prompt, *others = [w for w in widths if w > 1]  # a forward each, besides single tokens
     assert prompt == 6
     # One more than the appended text: a trace's last token was sampled, but never computed.
-    appended = len(protocol.cut_text + protocol.answer_header)
+    appended = len(markers.cut_text + markers.answer_header)
     assert others == [1 + appended] if kept_all else max(others) > 1 + appended
 
 
@@ -324,9 +324,9 @@ def test_a_model_with_sliding_windows_is_sampled_as_without_reuse(tokenizer, tmp
         sliding_window=6,
     )
     MistralForCausalLM(small).save_pretrained(tmp_path)
-    sliding, protocol = PlainEngine(str(tmp_path)), Protocol.of(tokenizer, 5)
+    sliding, markers = PlainEngine(str(tmp_path)), Markers.from_tokenizer(tokenizer, 5)
     questions = [Question(0, "", "4", tuple(tokenizer.encode("2 +2 ?<think>")))]
-    for r in sample_rollouts(sliding, questions, (4, 9, 12), 4, 2, protocol, 1.0, (0, 0)):
+    for r in sample_rollouts(sliding, questions, (4, 9, 12), 4, 2, markers, 1.0, (0, 0)):
         for s in r.summaries:
             prompt = [*r.question.prompt, *r.thinking[: s.cut], *s.appended, *s.tokens]
             logits = sliding.model(torch.tensor([prompt])).logits[0, -len(s.tokens) - 1 : -1]
@@ -371,12 +371,12 @@ def test_batches_are_bounded_by_tokens(engine, monkeypatch):
 def test_sampler_logprobs_are_the_trainers(engine, tokenizer, tiny_model_path):
     from packing import pack, token_logprobs
 
-    protocol = Protocol.of(tokenizer, 7)
+    markers = Markers.from_tokenizer(tokenizer, 7)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="sdpa")
     question = Question(0, "2 +2 ?", "4", tuple(tokenizer.encode("2 +2 ?<think>")))
     for temperature in (1.0, 0.6):
         rollouts = sample_rollouts(
-            engine, [question], (4, 8, 12), 3, 2, protocol, temperature, (0, 0)
+            engine, [question], (4, 8, 12), 3, 2, markers, temperature, (0, 0)
         )
         row = pack([to_tree(r, torch.zeros(3), torch.zeros(3, 2), (4, 8, 12)) for r in rollouts])
         gap = (token_logprobs(model, row, temperature) - row.sampler_logp)[row.trained]
@@ -405,15 +405,15 @@ def test_sync_weights_changes_what_is_sampled_and_refuses_a_partial_set(tiny_mod
 
 
 def test_protocol_reads_the_tokenizer(tokenizer):
-    protocol = Protocol.of(tokenizer, 7, eos=[2, 1])
-    assert tokenizer.decode([protocol.think_end]) == "</think>"
+    markers = Markers.from_tokenizer(tokenizer, 7, eos=[2, 1])
+    assert tokenizer.decode([markers.think_end]) == "</think>"
     assert (
-        tokenizer.decode(protocol.cut_text + protocol.answer_header)
+        tokenizer.decode(markers.cut_text + markers.answer_header)
         == "...\n\n...\n\n</think>\n\n**Final Answer**\n"
     )
-    assert protocol.eos == (1, 2)
+    assert markers.eos == (1, 2)
     with pytest.raises(ValueError, match="needs 3 tokens.*raise max_appended_tokens 2"):
-        Protocol.of(tokenizer, 3, max_appended_tokens=2)
+        Markers.from_tokenizer(tokenizer, 3, max_appended_tokens=2)
 
 
 def test_a_tokenizer_without_one_token_think_end_is_refused():
@@ -427,25 +427,25 @@ def test_a_tokenizer_without_one_token_think_end_is_refused():
 
     for ids in ([5, 6, 7], [0]):
         with pytest.raises(ValueError, match="some/model.*</think>"):
-            Protocol.of(with_encoding(ids))
+            Markers.from_tokenizer(with_encoding(ids))
 
 
 def test_grader_wants_exactly_one_think_end(tokenizer):
-    protocol = Protocol.of(tokenizer, 7)
+    markers = Markers.from_tokenizer(tokenizer, 7)
     asked = []
     verifier = SimpleNamespace(
         submit=lambda summary, ground_truth: asked.append((summary, ground_truth)) or "future"
     )
-    grade = rollout.make_grader(verifier, tokenizer, protocol)
+    grade = rollout.make_grader(verifier, tokenizer, markers)
     question = Question(0, "?", "5", (2,))
     ids = {
         text: tokenizer.encode(text)
         for text in (" =5</think>", "\\boxed{5}<|end|>", "</think>\\boxed{5}<|end|>")
     }
     r = rollout.Rollout(question, 0, ids[" =5</think>"], finish="closed")
-    good = rollout.Summary(0, 0, 2, list(protocol.answer_header), ids["\\boxed{5}<|end|>"])
+    good = rollout.Summary(0, 0, 2, list(markers.answer_header), ids["\\boxed{5}<|end|>"])
     assert grade(r, good) == "future" and asked == [("\\boxed{5}", "5")]
-    again = rollout.Summary(0, 0, 2, list(protocol.answer_header), ids["</think>\\boxed{5}<|end|>"])
+    again = rollout.Summary(0, 0, 2, list(markers.answer_header), ids["</think>\\boxed{5}<|end|>"])
     assert grade(r, again) is None and len(asked) == 1
 
 
@@ -453,7 +453,7 @@ def test_only_the_first_paragraph_of_a_summary_is_graded(tokenizer):
     asked = []
     verifier = SimpleNamespace(submit=lambda summary, ground_truth: asked.append(summary))
     grade = rollout.make_grader(
-        verifier, SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids))), PROTOCOL
+        verifier, SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids))), MARKERS
     )
     r = rollout.Rollout(
         Question(0, "?", "5", ()), 0, [ord(c) for c in "so </think>"], finish="closed"

@@ -4,7 +4,7 @@ into, or the difference is known. R1's kind is built here; SmolLM2's comes with 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rollout import ANSWER_HEADER, CUT_TEXT, Protocol
+from rollout import ANSWER_HEADER, CUT_TEXT, Markers
 from runtime.data import load_rows, make_questions
 from tests.conftest import SHARED
 from tests.end_to_end import make_smollm
@@ -67,8 +67,8 @@ def tokenizer(request):
     return make_smollm.make_tokenizer()
 
 
-def protocol_of(tokenizer):
-    return Protocol.of(tokenizer, max_summary_tokens=118, max_appended_tokens=16)
+def markers_of(tokenizer):
+    return Markers.from_tokenizer(tokenizer, max_summary_tokens=118, max_appended_tokens=16)
 
 
 def encode(tokenizer, text):
@@ -96,7 +96,7 @@ def test_prompts_are_their_text_once(tokenizer):
 def test_parts_tokenise_as_one_stream_but_for_known_joints(tokenizer):
     """What the engine sees is joined from parts. Behind </think> nothing can merge, so header and
     closed traces are exactly the stream's; a cut merges with the dots or line breaks before it."""
-    p = protocol_of(tokenizer)
+    p = markers_of(tokenizer)
     assert encode(tokenizer, CUT_TEXT + ANSWER_HEADER) == [*p.cut_text, *p.answer_header]
     prompt = list(questions(tokenizer)[0].prompt)
     text = tokenizer.decode(prompt)
@@ -119,12 +119,12 @@ def test_parts_tokenise_as_one_stream_but_for_known_joints(tokenizer):
 def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert protocol_of(again) == protocol_of(tokenizer)
+    assert markers_of(again) == markers_of(tokenizer)
     for q, p in zip(questions(tokenizer)[:20], questions(again)[:20]):
         assert q.prompt == p.prompt
 
 
 def test_end_of_text_and_think_end_are_told_apart(tokenizer):
-    p = protocol_of(tokenizer)
+    p = markers_of(tokenizer)
     assert p.think_end not in p.eos and tokenizer.decode([p.think_end]) == "</think>"
     assert tokenizer.eos_token_id in p.eos

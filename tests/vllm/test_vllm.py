@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from budgets import cut_lengths
 from packing import pack, token_logprobs
-from rollout import Protocol, Request, request_seed, sample_rollouts, to_tree
+from rollout import Markers, Request, request_seed, sample_rollouts, to_tree
 from runtime import checkpoint, distributed
 from runtime.data import Question
 from runtime.engines import RELOAD_LOGGER, PlainEngine, VllmEngine
@@ -64,15 +64,15 @@ def saved(world, tiny_model_path, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def protocol(saved):
-    return Protocol.of(AutoTokenizer.from_pretrained(saved), max_summary_tokens=12)
+def markers(saved):
+    return Markers.from_tokenizer(AutoTokenizer.from_pretrained(saved), max_summary_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def loaded(saved, protocol):
+def loaded(saved, markers):
     """(the engine, what it says greedily before anything is synced to it)."""
     made = VllmEngine(str(saved), CPU, max_length=160)
-    yield made, finish(made, greedy(protocol))
+    yield made, finish(made, greedy(markers))
     made.close()
 
 
@@ -115,14 +115,14 @@ def finish(engine, requests):
     return tokens, logp
 
 
-def greedy(protocol):
+def greedy(markers):
     return [
-        Request(f"greedy-{i}", prompt(i, 33 + i), 24, protocol.eos, 0, 0.0, stream=i % 2 == 0)
+        Request(f"greedy-{i}", prompt(i, 33 + i), 24, markers.eos, 0, 0.0, stream=i % 2 == 0)
         for i in range(8)
     ]
 
 
-def sample(engine, protocol, num_questions=3, temperature=1.0, streaming=True, reverse=False):
+def sample(engine, markers, num_questions=3, temperature=1.0, streaming=True, reverse=False):
     questions = [Question(i, "?", "5", prompt(i, 34 + i)) for i in range(num_questions)]
     rollouts = sample_rollouts(
         engine if streaming else TwoPhases(engine),
@@ -130,7 +130,7 @@ def sample(engine, protocol, num_questions=3, temperature=1.0, streaming=True, r
         BUDGETS,
         4,
         2,
-        protocol,
+        markers,
         temperature,
         (0, 0),
     )
@@ -148,9 +148,9 @@ def said(rollouts):
 # the weights
 
 
-def test_a_model_saved_by_training_loads_in_both_engines(loaded, saved, protocol, tiny_model_path):
+def test_a_model_saved_by_training_loads_in_both_engines(loaded, saved, markers, tiny_model_path):
     (tokens, logp), plain = loaded[1], PlainEngine(str(saved))
-    expected, expected_logp = finish(plain, greedy(protocol))
+    expected, expected_logp = finish(plain, greedy(markers))
     assert tokens == expected
     for name in logp:
         assert logp[name] == pytest.approx(expected_logp[name], abs=1e-4)
@@ -172,34 +172,34 @@ def test_a_sync_says_nothing_of_layers_without_weights_and_all_of_others(engine)
     assert passes("QKVParallelLinear")
 
 
-def test_synced_weights_are_the_ones_that_sample(engine, saved, protocol):
+def test_synced_weights_are_the_ones_that_sample(engine, saved, markers):
     plain, previous = PlainEngine(str(saved)), None
     for update in (1, 2):
         trainer = policy_after(saved, update)
         give(engine, trainer, version=update)
         plain.sync_weights(trainer.state_dict().items(), version=update)
         assert engine.version == plain.version == update
-        tokens, _ = finish(engine, greedy(protocol))
-        assert tokens == finish(plain, greedy(protocol))[0]
+        tokens, _ = finish(engine, greedy(markers))
+        assert tokens == finish(plain, greedy(markers))[0]
         assert tokens != previous
         previous = tokens
 
 
 def test_without_the_reset_of_the_prefix_cache_stale_keys_and_values_would_show(
-    engine, saved, protocol, monkeypatch
+    engine, saved, markers, monkeypatch
 ):
     """What the two tests above would see if sync_weights forgot the reset: they can fail."""
     give(engine, policy_after(saved, 1))
-    finish(engine, greedy(protocol))  # fills the cache under update 1
+    finish(engine, greedy(markers))  # fills the cache under update 1
     with monkeypatch.context() as patch:
         patch.setattr(engine.engine, "reset_prefix_cache", lambda: True)
         give(engine, policy_after(saved, 2))
     plain = PlainEngine(str(saved))
     plain.sync_weights(policy_after(saved, 2).state_dict().items(), version=0)
-    expected, _ = finish(plain, greedy(protocol))
-    assert finish(engine, greedy(protocol))[0] != expected
+    expected, _ = finish(plain, greedy(markers))
+    assert finish(engine, greedy(markers))[0] != expected
     give(engine, policy_after(saved, 2))  # with the reset
-    assert finish(engine, greedy(protocol))[0] == expected
+    assert finish(engine, greedy(markers))[0] == expected
 
 
 def test_a_refused_reset_and_a_partial_set_of_weights_are_errors(engine, saved, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_refused_reset_and_a_partial_set_of_weights_are_errors(engine, saved, 
     assert engine.version == 6
 
 
-def test_sync_refuses_while_requests_run(engine, saved, protocol):
+def test_sync_refuses_while_requests_run(engine, saved, markers):
     give(engine, policy_after(saved, 0), version=3)
     engine.add(Request("running", prompt(0), 8, (), 0, 1.0))
     engine.step()
@@ -236,10 +236,10 @@ def test_sync_refuses_while_requests_run(engine, saved, protocol):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_its_logprobs_are_the_trainers_over_packed_trees(engine, saved, protocol, temperature):
+def test_its_logprobs_are_the_trainers_over_packed_trees(engine, saved, markers, temperature):
     trainer = policy_after(saved, 3)
     give(engine, trainer)
-    rollouts = sample(engine, protocol, temperature=temperature)
+    rollouts = sample(engine, markers, temperature=temperature)
     row = pack([to_tree(r, torch.zeros(3), torch.zeros(3, 2), BUDGETS) for r in rollouts])
     assert not row.sampler_logp[row.trained].isnan().any()
     with torch.no_grad():
@@ -280,11 +280,11 @@ def test_its_draws_follow_the_policys_probabilities(engine, saved):
     assert deviations(1.1 * temperature)[0] > 5  # a policy a tenth flatter would be told apart
 
 
-def test_streaming_changes_when_not_what(engine, saved, protocol):
+def test_streaming_changes_when_not_what(engine, saved, markers):
     give(engine, policy_after(saved, 0))
     streamed, waited = (
-        sample(engine, protocol, streaming=True),
-        sample(engine, protocol, streaming=False),
+        sample(engine, markers, streaming=True),
+        sample(engine, markers, streaming=False),
     )
     assert said(streamed) == said(waited)
     for r in streamed:
@@ -298,19 +298,19 @@ def test_streaming_changes_when_not_what(engine, saved, protocol):
         assert a.logp == pytest.approx(b.logp, abs=1e-4)
 
 
-def test_what_else_runs_and_in_which_order_does_not_matter(engine, saved, protocol):
+def test_what_else_runs_and_in_which_order_does_not_matter(engine, saved, markers):
     """Seeds belong to requests; ids are free again once their pass is over."""
     give(engine, policy_after(saved, 0))
-    together = said(sample(engine, protocol))
-    assert said(sample(engine, protocol, reverse=True)) == together
-    assert said(sample(engine, protocol, num_questions=1)) == together[:4]
+    together = said(sample(engine, markers))
+    assert said(sample(engine, markers, reverse=True)) == together
+    assert said(sample(engine, markers, num_questions=1)) == together[:4]
     assert len({str(thinking) for thinking, _, _ in together}) == len(
         together
     )  # nor do two rollouts share their draws
 
 
 def test_more_prompt_tokens_than_fit_one_step_and_more_requests_than_run_at_once(
-    engine, saved, protocol
+    engine, saved, markers
 ):
     """vLLM would split a prompt over two steps, which crashes on CPUs when the request has a seed:
     it must not split."""
@@ -323,14 +323,14 @@ def test_more_prompt_tokens_than_fit_one_step_and_more_requests_than_run_at_once
     assert finish(engine, some)[0] == {r.id: tokens[r.id] for r in some}
 
 
-def test_a_stop_token_is_returned_and_only_the_requests_own_stops_count(engine, saved, protocol):
+def test_a_stop_token_is_returned_and_only_the_requests_own_stops_count(engine, saved, markers):
     stop = finish(engine, [Request("a", prompt(0), 6, (), 1, 1.0)])[0]["a"][3]
     ended = finish(engine, [Request("a", prompt(0), 6, (stop,), 1, 1.0)])[0]["a"]
     assert ended[-1] == stop and stop not in ended[:-1]
     many = [Request(str(i), prompt(i), 60, (), request_seed(i), 1.0) for i in range(20)]
     tokens, _ = finish(engine, many)
     assert all(len(t) == 60 for t in tokens.values()) and any(
-        set(protocol.eos) & set(t) for t in tokens.values()
+        set(markers.eos) & set(t) for t in tokens.values()
     )
 
 
