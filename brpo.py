@@ -1,6 +1,6 @@
-"""How much better than expected was each segment, and which way should the policy move?
+"""Budget Relative Policy Optimization (arXiv 2505.13438), equation by equation, in plain tensors:
+baselines, advantages and the loss.
 
-Budget Relative Policy Optimization (arXiv 2505.13438), equation by equation, in plain tensors.
 Nothing here knows about processes, models, files or text, and the file works when copied alone into
 an empty folder.
 
@@ -54,7 +54,7 @@ def group_baseline(returns: Tensor) -> Tensor:
 def brpo_baseline(
     rewards: Tensor, returns: Tensor, budgets: Numbers, probs: Numbers, decay: float = 0.5
 ) -> Tensor:
-    """V: trust the group early and the rollout's own progress late.
+    """V: the group's mean early in the thinking, the rollout's own progress late.
 
         V_j = (b_{j-1}/b_M) · V1_j + (1 - b_{j-1}/b_M) · V2_j        b_0 = 0
 
@@ -150,8 +150,8 @@ def summary_advantages(scores: Tensor, cuts: Tensor) -> Tensor:
     if scores.shape[-1] == 1:
         return scores - scores.mean(dim=1, keepdim=True)
     same_cut = (cuts[..., :, None] == cuts[..., None, :]).to(scores)  # [B, G, M, M]
-    of_budget = scores.mean(-1, keepdim=True)  # [B, G, M, 1]
-    baseline = same_cut @ of_budget / same_cut.sum(-1, keepdim=True)  # [B, G, M, 1]
+    budget_mean = scores.mean(-1, keepdim=True)  # [B, G, M, 1]
+    baseline = same_cut @ budget_mean / same_cut.sum(-1, keepdim=True)  # [B, G, M, 1]
     return scores - baseline
 
 
@@ -212,7 +212,7 @@ def sampler_weight(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor
 
 
 def sampler_gap(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from the trainer's, over trained tokens.
+    """The distance between the sampler's log-probs and the trainer's, over trained tokens.
 
         gap_t = |old_logp_t - sampler_logp_t|
         outside: exp(old_logp_t - sampler_logp_t) ∉ [0.9, 1.1]

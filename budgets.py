@@ -1,4 +1,4 @@
-"""Where may thinking be cut, and how likely is each cut?
+"""Thinking budgets, the prior over them, and the cuts of a trace.
 
 Anytime reasoning maximises the expected reward over a *prior on thinking budgets*:
 

@@ -1,4 +1,4 @@
-"""How does one thinking trace with all its summaries become one training row?
+"""Tree attention: a thinking trace with all its summaries as one training row, and its log-probs.
 
 All summaries of one trace share its prefix, so train on the tree instead of M·A copies of the
 prefix. A row is one flat sequence that holds one or more trees, here one tree with two cuts:
@@ -215,7 +215,7 @@ def flex_mask(row: Row):
 
 @contextmanager
 def compiled_whole():
-    """An error where the compiler gives up: it would go on with T x T scores without a word."""
+    """Raise on a graph break; otherwise FlexAttention silently falls back to dense T x T scores."""
     from torch._dynamo import config, error_on_graph_break
 
     with config.patch(fail_on_recompile_limit_hit=True), error_on_graph_break(True):

@@ -1,9 +1,9 @@
-r"""What does a segment of thinking earn?
+r"""Verifiable dense rewards, and the returns of a rollout's segments.
 
 A rollout is a thinking trace z, cut at the budgets b_1 < ... < b_M, and A summaries y at every cut.
 A summary scores r(x, y) = 1 if its answer is the ground truth and the text closes its thinking
-exactly once, else 0. Whether an answer *is* the ground truth is another question (verifier.py, or a
-reward function of your own); here is where the answer stands, and what the scores add up to:
+exactly once, else 0. Whether an answer *is* the ground truth is decided in tasks/verifier.py, or by
+a reward function of your own; here is where the answer stands, and what the scores add up to:
 
     score    r(x, y)      of one summary                                       [B, G, M, A]
     reward   r_j          mean of the A scores at budget j                     [B, G, M]
@@ -27,9 +27,9 @@ def answer_paragraph(summary: str) -> str:
 
         "\boxed{4}.\n\nWait, let me check: ... \boxed{5}"   ->   "\boxed{4}."
 
-    `summary` is what the policy wrote behind the answer header. What follows the first paragraph
+    `summary` is what the policy wrote after the answer header. What follows the first paragraph
     would be more thinking, outside of the budget: were it graded, accuracy at budget b would no
-    longer mean accuracy after b tokens of thinking. Blank lines directly behind the header are
+    longer mean accuracy after b tokens of thinking. Blank lines directly after the header are
     forgiven.
     """
     return BLANK_LINE.split(summary.strip(), maxsplit=1)[0].rstrip()
@@ -62,7 +62,7 @@ def cumulative_returns(rewards: Tensor, probs: Sequence[float] | Tensor) -> Tens
 
         R_j = Σ_{k≥j} P_k r_k
 
-    A token behind b_{j-1} cannot change what the trace was worth when it was cut there or earlier,
+    A token after b_{j-1} cannot change what the trace was worth when it was cut there or earlier,
     so only rewards at budgets j..M are credited to segment j. R_1 is the anytime objective's
     estimate. rewards [B, G, M], probs [M] -> [B, G, M].
     """

@@ -1,4 +1,4 @@
-"""How do we sample thinking traces, cut them, and ask for summaries?
+"""Sampling: thinking traces, their cuts at the budgets, and the summaries at each cut.
 
     sample z_1..z_G ~ π(·|x), at most b_M tokens each
     whenever z crosses a budget b_j, or ends before it:
@@ -7,8 +7,9 @@
                      then "\\n\\n**Final Answer**\\n"
         sample       y_{j,1}..y_{j,A} ~ π(·|x, z_≤b_j, appended), and grade each when it is complete
 
-`sample_rollouts` is this algorithm on any engine (engines.py). On vLLM the summaries are sampled
-while their trace thinks on, so that grading overlaps generation and no slot is idle.
+`sample_rollouts` is this algorithm on any engine that takes a `Request` and returns `Output`s
+(runtime/engines.py). On vLLM the summaries are sampled while their trace thinks on, so that grading
+overlaps generation and no slot is idle.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,9 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from brpo import token_advantages
 from budgets import cut_lengths
-from packing import Branch, Tree
 from rewards import has_one_think_end
 
 THINK_END = "</think>"
@@ -31,6 +30,8 @@ ANSWER_HEADER = "\n\n**Final Answer**\n"  # asks for the summary
 
 @dataclass(frozen=True)
 class Request:
+    """One sequence to sample. An engine has add(request), step() -> list[Output], has_work()."""
+
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
@@ -43,6 +44,8 @@ class Request:
 
 @dataclass
 class Output:
+    """New tokens of a request; on an engine that does not stream, all of them at once."""
+
     id: str
     tokens: list[int]  # new since the last Output of this request
     logp: list[float]  # the sampler's log π of these tokens, at the request's temperature
@@ -223,14 +226,15 @@ def summary_request(r: Rollout, s: Summary, sampling: Sampling, markers: Markers
 
 
 def extend_thinking(r: Rollout, out: Output, markers: Markers):
-    """Append what the engine has sampled of the trace; once it is over, say how it ended."""
+    """Append what the engine has sampled of the trace; once it is over, note how it ended."""
     r.thinking.extend(out.tokens)
     r.logp.extend(out.logp)
     if out.finished:
         last = r.thinking[-1]
-        r.finish = (
-            "closed" if last == markers.think_end else "eos" if last in markers.eos else "length"
-        )
+        if last == markers.think_end:
+            r.finish = "closed"
+        else:
+            r.finish = "eos" if last in markers.eos else "length"
 
 
 def due_summaries(
@@ -243,10 +247,9 @@ def due_summaries(
         if not r.finish and len(r.thinking) < budgets[j]:
             break
         cut = cut_lengths(len(r.thinking), budgets)[j]
-        closed_itself = r.finish == "closed" and cut == len(r.thinking)
-        appended = (
-            markers.answer_header if closed_itself else (*markers.cut_text, *markers.answer_header)
-        )
+        appended = (*markers.cut_text, *markers.answer_header)
+        if r.finish == "closed" and cut == len(r.thinking):  # the trace's own </think> is there
+            appended = markers.answer_header
         due += [Summary(j, draw, cut, list(appended)) for draw in range(num_summaries)]
     return due
 
@@ -286,29 +289,3 @@ def cuts_of(rollouts: list[Rollout], num_rollouts: int, budgets: tuple[int, ...]
     """The cut of every budget, [B, G, M], int64."""
     cuts = [cut_lengths(len(r.thinking), budgets) for r in rollouts]
     return torch.tensor(cuts).reshape(-1, num_rollouts, len(budgets))
-
-
-def to_trees(
-    rollouts: list[Rollout],
-    thinking_advantages: torch.Tensor,
-    summary_advantages: torch.Tensor,
-    budgets: tuple[int, ...],
-    last_only: bool = False,
-) -> list[Tree]:
-    """One training tree per rollout: A_j on the thinking tokens of segment j, one per summary.
-
-    thinking_advantages [B, G, M], summary_advantages [B, G, M, A]. last_only trains the summaries
-    of the last budget alone (GRPO); the others are left out, since nothing attends to them.
-    """
-    trees, last = [], len(budgets) - 1
-    thinking_advantages = thinking_advantages.flatten(0, 1)  # [B·G, M]
-    summary_advantages = summary_advantages.flatten(0, 1)  # [B·G, M, A]
-    for r, of_segments, of_summaries in zip(rollouts, thinking_advantages, summary_advantages):
-        branches = []
-        for s in r.summaries:
-            if s.tokens and (s.budget_index == last or not last_only):
-                advantage = of_summaries[s.budget_index, s.draw].item()
-                branches.append(Branch(s.cut, s.appended, s.tokens, advantage, s.logp))
-        per_token = token_advantages(of_segments, budgets, len(r.thinking)).tolist()
-        trees.append(Tree(list(r.question.prompt), r.thinking, branches, per_token, r.logp))
-    return trees

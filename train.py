@@ -19,12 +19,13 @@ docs/departures.md says where this departs from the paper.
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 import brpo
 from evaluate import anytime_curve, evaluation_sampling
-from packing import Row, Tree, pack_share
+from packing import Branch, Row, Tree, pack_share
 from rewards import cumulative_returns, mean_rewards
-from rollout import Rollout, Sampling, cuts_of, sample_rollouts, scores_of, to_trees
+from rollout import Rollout, Sampling, cuts_of, sample_rollouts, scores_of
 from runtime import checkpoint, distributed
 from runtime.config import Config, learning_rate, parse
 from runtime.data import questions_of_step
@@ -131,6 +132,32 @@ def rollouts_of_step(c: Config, run: Run, engine, step: int) -> list[Rollout]:
     rollouts = distributed.gather(rollouts, c.tensor_parallel_size)
     order = {q.index: i for i, q in enumerate(questions)}
     return sorted(rollouts, key=lambda r: (order[r.question.index], r.sample))
+
+
+def to_trees(
+    rollouts: list[Rollout],
+    thinking_advantages: Tensor,
+    summary_advantages: Tensor,
+    budgets: tuple[int, ...],
+    last_only: bool = False,
+) -> list[Tree]:
+    """One training tree per rollout: A_j on the thinking tokens of segment j, one per summary.
+
+    thinking_advantages [B, G, M], summary_advantages [B, G, M, A]. last_only trains the summaries
+    of the last budget alone (GRPO); the others are left out, since nothing attends to them.
+    """
+    trees, last = [], len(budgets) - 1
+    thinking_advantages = thinking_advantages.flatten(0, 1)  # [B·G, M]
+    summary_advantages = summary_advantages.flatten(0, 1)  # [B·G, M, A]
+    for r, segments, summaries in zip(rollouts, thinking_advantages, summary_advantages):
+        branches = []
+        for s in r.summaries:
+            if s.tokens and (s.budget_index == last or not last_only):
+                advantage = summaries[s.budget_index, s.draw].item()
+                branches.append(Branch(s.cut, s.appended, s.tokens, advantage, s.logp))
+        per_token = brpo.token_advantages(segments, budgets, len(r.thinking)).tolist()
+        trees.append(Tree(list(r.question.prompt), r.thinking, branches, per_token, r.logp))
+    return trees
 
 
 def rows_of_updates(c: Config, run: Run, trees: list[Tree]) -> list[list[Row]]:

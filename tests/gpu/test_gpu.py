@@ -1,7 +1,4 @@
-"""What only a GPU can show. Skipped without CUDA; not run on one yet.
-
-python -m pytest -q tests/test_gpu.py
-"""
+"""What only a GPU can show: python -m pytest -q -m gpu. Not run on one yet."""
 
 import pytest
 import torch
@@ -12,7 +9,10 @@ from runtime import distributed
 from scripts import plan, preflight
 from tests.conftest import run_script
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 LIMIT = preflight.LIMIT["cuda"]
 MIB = 2**20
 TOKENS = 32768  # a row that is long for this model

@@ -29,6 +29,10 @@ def test_base_prior_is_all_on_the_last_budget():
         ((2, 4), (0.5, 0.6), "sum to 1.1"),
         ((2, 4), (1.5, -0.5), "negative"),
         ((2, 4), (float("nan"), 1.0), "negative"),
+        ((2, 4), (1 + 1e-9, -1e-9), "negative"),  # exactly 0 is the lowest
+        ((2, 4), (0.5, 0.5 + 2e-6), "not 1"),
+        ((2, 4), (0.5, 0.5 - 2e-6), "not 1"),
+        ((1.5, 4), (0.5, 0.5), "whole number"),
     ],
 )
 def test_a_bad_prior_is_refused_by_name(budgets, probs, complaint):
@@ -36,9 +40,18 @@ def test_a_bad_prior_is_refused_by_name(budgets, probs, complaint):
         BudgetPrior(budgets, probs)
 
 
+def test_the_bounds_of_a_prior_are_allowed():
+    for budgets, probs in [((1,), (1.0,)), ((1, 2), (0.0, 1.0)), ((3, 4), (0.5, 0.5 + 5e-7))]:
+        assert BudgetPrior(budgets, probs).probs == probs
+    assert BudgetPrior.make("uniform", 3, 3).budgets == (1, 2, 3)
+    assert BudgetPrior.make("linear", 1, 1).probs == (1.0,)
+
+
 def test_make_refuses_uneven_division_and_unknown_kinds():
     with pytest.raises(ValueError, match="even budgets"):
         BudgetPrior.make("uniform", 10, 4)
+    with pytest.raises(ValueError, match="even budgets"):
+        BudgetPrior.make("uniform", 10, 0)
     with pytest.raises(ValueError, match="unknown prior"):
         BudgetPrior.make("cubic", 8, 4)
 
