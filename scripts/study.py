@@ -6,8 +6,8 @@
 First the learning rate: the same grid for AR-uniform and for GRPO, on seeds that are used for
 nothing else. Then all runs at AR-uniform's best rate, and GRPO at its own best as well. Within a
 seed all runs share the warm-started base, the questions and the random keys, so they are compared
-in pairs. What stands in runs/study/ is not run again. Writes docs/study.md, docs/study.png and
-docs/anytime_curve.png.
+in pairs. What stands in runs/study/ is not run again. Writes the tables at the top of
+docs/study.md, docs/study.png and docs/anytime_curve.png.
 """
 
 import json
@@ -387,7 +387,9 @@ tokens in the segment (training data, T = 1: not the quantity of the paper's fig
 
 {variance_table(runs["ar-uniform"])}
 """
-    (docs / "study.md").write_text(text)
+    path = docs / "study.md"  # what follows its first heading was written by hand: it stays
+    _, heading, by_hand = (path.read_text() if path.exists() else "").partition("\n## ")
+    path.write_text(text + heading + by_hand)
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""The shape of the project: modules that can be copied alone, and a README that is true."""
+"""The shape of the project: modules that can be copied alone, and documents that are true."""
 
 import ast
 import pkgutil
@@ -6,13 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from runtime.config import Config, Evaluation
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))]
 METHOD = ("budgets", "rewards", "brpo", "packing")
 # Imports point down these layers, or stay inside one.
 LAYERS = [set(METHOD), {"rollout", "tasks"}, {"runtime"}, {"evaluate"}, {"train"}]
@@ -91,6 +95,76 @@ def test_every_row_of_the_paper_to_code_table_exists():
         assert f"def {case}(" in path.read_text(), test
 
 
+def test_the_file_map_names_every_file_once():
+    block = README.split("## The files, in reading order")[1].split("```")[1]
+    named = [line.split()[0] for line in block.strip().splitlines()]
+    files = [*sources(), *ROOT.glob("scripts/*.py")]
+    files = sorted(p for p in files if p.name != "__init__.py")
+    assert sorted(p for name in named for p in ROOT.glob(name)) == files
+
+
+def snippets(document: str) -> list[str]:
+    """The commands of a document's bash blocks, and whatever else stands in backticks."""
+    text = (ROOT / document).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    return [line.split("#")[0] for line in lines] + re.findall(r"`([^`]+)`", prose)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_and_link_of_a_document_exists(document):
+    """Paths in backticks are from the project's root (tests: from anywhere below tests/), links
+    from the document. What stands below runs/ is made by a run."""
+    for snippet in snippets(document):
+        for path in re.findall(r"[\w./*-]+\.(?:py|md|png|txt)\b", snippet):
+            exists = any(ROOT.glob(path)) or any((ROOT / "tests").rglob(path))
+            assert exists or path.startswith("runs/"), snippet
+    for link in re.findall(r"\]\(([^)#]+)", (ROOT / document).read_text()):
+        assert "://" in link or ((ROOT / document).parent / link).exists(), link
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@cache
+def flags_of(script: str) -> set[str]:
+    """The flags of a script: fields of what tyro or runtime.config parses in it, and argparse's."""
+    source = (ROOT / script).read_text()
+    names = {"--help", *re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)}
+    for function, settings in (("parse", Config), ("parse_evaluation", Evaluation)):
+        if re.search(rf"\b{function}\(", source):
+            names |= {as_flag(field.name) for field in fields(settings)}
+    parsed = re.findall(r"tyro\.cli\((\w+)", source)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name in parsed:
+            names |= {as_flag(x.target.id) for x in node.body if isinstance(x, ast.AnnAssign)}
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_flag_of_a_document_exists(document):
+    """What precedes a script is torchrun's; a flag without a command may be any script's."""
+    from torch.distributed.run import get_args_parser
+
+    torchrun = {name for action in get_args_parser()._actions for name in action.option_strings}
+    scripts = ["train.py", "evaluate.py", *(f"scripts/{p.name}" for p in ROOT.glob("scripts/*.py"))]
+    anywhere = set().union(*map(flags_of, scripts))
+    for snippet in snippets(document):
+        script = next((s for s in scripts if re.search(rf"(?<!\S){s}\b", snippet)), "")
+        before, _, after = snippet.partition(script) if script else ("", "", snippet)
+        known = flags_of(script) if script else torchrun if "torchrun" in snippet else anywhere
+        for names, allowed in ((before, torchrun), (after, known)):
+            unknown = set(re.findall(r"(?<!\S)--[a-z][a-z_-]*", names)) - allowed
+            assert not unknown, f"{snippet}: {unknown}"
+
+
+def test_the_readme_shows_the_study_as_it_was_written():
+    rows = README.split("## Results")[1].split("\n\n")[2].splitlines()
+    assert len(rows) == 6 and set(rows) <= set((ROOT / "docs/study.md").read_text().splitlines())
+
+
 # What is appended to each of the README's examples, to see that it did what it says.
 CHECKS = {
     "brpo rewards": """
@@ -128,18 +202,31 @@ verifier.close()
 
 @pytest.mark.parametrize("modules", CHECKS)
 def test_an_example_of_the_readme_runs_beside_the_copied_files(modules, tmp_path, tiny_model_path):
-    code = README.split(f"<!-- example: {modules} -->\n```python\n")[1].split("```")[0]
+    code = example(modules)
     assert 5 <= len(code.strip().splitlines()) <= 20
     for module in modules.split():
         (path,) = (p for p in sources() if p.stem == module)
         shutil.copy(path, tmp_path)
     # A random tiny model stands in for the one on the hub.
     code = code.replace("Qwen/Qwen3-0.6B", str(tiny_model_path))
-    (tmp_path / "example.py").write_text(code + CHECKS[modules])
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = run_python(code + CHECKS[modules], tmp_path)
     assert done.returncode == 0, done.stderr
+    if "uids = " in code:  # groups of 3 and 1: nothing may be mixed in silence
+        done = run_python(code.replace('"q3", "q7"', '"q7", "q7"', 1), tmp_path)
+        assert "ValueError: questions have {1, 3} rollouts" in done.stderr
+
+
+def example(name: str) -> str:
+    return README.split(f"<!-- example: {name} -->\n```python\n")[1].split("```")[0]
+
+
+def test_the_reward_function_of_the_readme():
+    names: dict = {}
+    exec(README.split("```python\n# my_reward.py")[1].split("```")[0].partition("\n")[2], names)
+    scores = [
+        names["even"](s, None, "?") for s in ("so \\boxed{8}.", "\\boxed{7}", "8", "\\boxed{")
+    ]
+    assert scores == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_every_metric_is_in_the_glossary():
