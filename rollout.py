@@ -64,16 +64,12 @@ class Markers:
 
     @classmethod
     def from_tokenizer(
-        cls,
-        tokenizer,
-        max_summary_tokens: int = 118,
-        eos: Iterable[int] = (),
-        max_appended_tokens: int = 10,
+        cls, tokenizer, max_summary_tokens: int = 118, eos: Iterable[int] = ()
     ) -> "Markers":
         """`eos`: further end-of-text ids (a model's generation config may list several).
 
         Raises ValueError when the tokenizer has no one-token </think> (traces are stopped and
-        counted at that token), or needs more than `max_appended_tokens` for the appended text.
+        counted at that token), or no end-of-text token.
         """
 
         def encode(text):
@@ -90,20 +86,18 @@ class Markers:
                 f"the tokenizer of {name} has no end-of-text token, so summaries "
                 "would never end: set eos_token"
             )
-        markers = cls(
+        return cls(
             think_end[0],
             tuple(sorted({tokenizer.eos_token_id, *eos})),
             encode(CUT_TEXT),
             encode(ANSWER_HEADER),
             max_summary_tokens,
         )
-        longest = len(markers.cut_text) + len(markers.answer_header)
-        if longest > max_appended_tokens:
-            raise ValueError(
-                f"the tokenizer of {name} needs {longest} tokens for the text before "
-                f"a summary: raise max_appended_tokens {max_appended_tokens}"
-            )
-        return markers
+
+    @property
+    def appended_tokens(self) -> int:
+        """Tokens of the appended text at most: a trace that closed itself gets no cut text."""
+        return len(self.cut_text) + len(self.answer_header)
 
 
 @dataclass

@@ -1,176 +1,150 @@
 """What a run is: every constant of the paper, the presets, and the eight experiments.
 
-`Config` is one flat dataclass; its five parts are the groups of `--help`. A flag given by hand wins
-over its experiment, an experiment over its preset. Nothing here imports torch: a mistake in the
-flags is answered in a second.
+`Config` is one flat dataclass of ranges, defaults and comments, from which tyro makes the command
+line. A flag given by hand wins over its experiment, an experiment over its preset. Nothing here
+imports torch: a mistake in the flags is answered in a second.
 """
 
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from contextlib import redirect_stderr
+from dataclasses import fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
 from budgets import BudgetPrior, prior_probs
 
-Experiment = Literal[
-    "grpo",
-    "ar-base",
-    "ar-linear",
-    "ar-uniform",
-    "grpo-linear",
-    "grpo-decouple",
-    "grpo-vr",
-    "grpo-vr-decouple",
-]
+# The paper's comparison. GRPO is the same code with one budget, one summary and the group's mean.
+COLUMNS = ("num_budgets", "prior", "num_summaries", "train_summaries", "baseline")
+# fmt: off
+EXPERIMENTS = {name: dict(zip(COLUMNS, row)) for name, row in {
+    "grpo":             (1, "base",    1, "last", "group"),
+    "ar-base":          (4, "base",    4, "all",  "brpo"),
+    "ar-linear":        (4, "linear",  4, "all",  "brpo"),
+    "ar-uniform":       (4, "uniform", 4, "all",  "brpo"),
+    "grpo-linear":      (4, "linear",  1, "last", "group"),
+    "grpo-decouple":    (4, "base",    4, "all",  "group"),
+    "grpo-vr":          (4, "base",    1, "last", "brpo"),
+    "grpo-vr-decouple": (4, "base",    4, "all",  "brpo"),
+}.items()}
+# fmt: on
+
+# Ranges, checked wherever a Config is made: from flags, in code, by `replace`. A value outside of
+# its range raises a ValueError; nan and infinity are outside of all of them.
+SETTINGS = ConfigDict(allow_inf_nan=False, extra="forbid")
+Count = Annotated[int, Field(ge=1, lt=2**31)]  # at 2^31 the random keys of evaluation begin
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]  # each field says what 0 means
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]  # the upper bound only catches slips
+PositiveOrZero = Annotated[float, Field(ge=0, le=1e9)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1)]  # a flag without a value is an error
+Numbers = Annotated[tuple[PositiveOrZero, ...], Field(min_length=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Preset = Literal["miniature", "paper-8k", "paper-16k"]
+Engine = Literal["plain", "vllm"]
+Experiment = Literal[*EXPERIMENTS]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Where the defaults of all other flags come from."""
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class Config:
+    """AnytimeReasoner with Budget Relative Policy Optimization."""
 
-    # Sizes and sources: the embedded default (CPU, no download), or the paper's runs.
-    preset: Literal["miniature", "paper-8k", "paper-16k"] = "miniature"
+    # ---- Where the defaults of all other flags come from ----
+    preset: Preset = "miniature"  # Sizes and sources: on a CPU without a download, or the paper's.
     # A row of the paper's comparison: num_budgets, prior, num_summaries, train_summaries, baseline.
     experiment: Experiment = "ar-uniform"
 
-
-@dataclass(frozen=True)
-class Method:
-    """The method, with the paper's symbols."""
-
-    max_budget: int = 64  # b_M, the largest thinking budget in tokens.
-    num_budgets: int = 4  # M, evenly spaced.
+    # ---- The method, with the paper's symbols ----
+    max_budget: Count = 64  # b_M, the largest thinking budget in tokens.
+    num_budgets: Count = 4  # M, evenly spaced.
     prior: Literal["uniform", "linear", "base"] = "uniform"  # P_j over the budgets.
-    # b_1 < ... < b_M by hand, any spacing; replaces max_budget and num_budgets.
-    budgets: tuple[int, ...] = ()
-    probs: tuple[float, ...] = ()  # P_1 ... P_M by hand; replaces prior.
-    num_rollouts: int = 8  # G, thinking traces per question.
-    num_summaries: int = 4  # A, summaries per budget.
+    budgets: Counts | None = None  # b_1 < ... < b_M by hand; replaces max_budget and num_budgets.
+    probs: Numbers | None = None  # P_1 ... P_M by hand; replaces prior.
+    num_rollouts: Count = 8  # G, thinking traces per question.
+    num_summaries: Count = 4  # A, summaries per budget.
     # Train the summaries of all cuts (decoupled, uniform prior), or of the last budget (GRPO).
     train_summaries: Literal["all", "last"] = "all"
     # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none.
     baseline: Literal["brpo", "progress", "group", "none"] = "brpo"
-    decay: float = 0.5  # λ of V1: how fast a rollout's older rewards are forgotten.
-    temperature: float = 1.0  # Sampling temperature; log-probs are taken at the same one.
-    max_summary_tokens: int = 7  # Generated tokens of one summary, whatever was appended.
-    max_appended_tokens: int = 3  # Room for the text appended before a summary.
-    # With the number of sequences, the loss's denominator; 0: b_M + (M·A + 1) times the sum of the
-    # two above.
-    max_response_length: int = 0
+    decay: Fraction = 0.5  # λ of V1: how fast a rollout's older rewards are forgotten.
+    temperature: Positive = 1.0  # Sampling temperature; log-probs are taken at the same one.
+    max_summary_tokens: Count = 7  # Generated tokens of one summary, whatever was appended.
+    denominator_summary_tokens: Count = 10  # What a summary adds to the loss's denominator.
     # A summary token weighs as much as a thinking token (sum: the authors), or 1/(M·A) (mean).
     summary_loss: Literal["sum", "mean"] = "mean"
 
-
-@dataclass(frozen=True)
-class Optimisation:
-    """Steps, batches and AdamW."""
-
-    questions_per_step: int = 16  # B, questions sampled per step.
-    # Optimizer steps per sampling step, each on B / updates_per_step questions.
-    updates_per_step: int = 2
-    steps: int = 50  # Sampling steps; 0: as many as `epochs` passes over the questions take.
-    epochs: int = 1  # Passes over the questions, where steps is 0.
-    lr: float = 6e-4  # AdamW's learning rate at the first step.
+    # ---- Optimisation ----
+    questions_per_step: Count = 16  # B, questions sampled per step.
+    updates_per_step: Count = 2  # Optimizer steps per sampling step, each on its part of the B.
+    steps: CountOrZero = 50  # Sampling steps; 0: those of `epochs` passes over the questions.
+    epochs: CountOrZero = 1  # Passes over the questions, where steps is 0.
+    lr: Fraction = 6e-4  # AdamW's learning rate at the first step.
     # constant (the paper's), or linear: down to 0 over the run, so that its last step is not luck.
     lr_schedule: Literal["constant", "linear"] = "linear"
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates.
-    weight_decay: float = 0.0  # AdamW's weight decay.
-    clip: float = 0.2  # ε of the clipped ratio.
-    max_grad_norm: float = 1.0  # The global gradient norm is clipped here.
-    # C of the sampler correction min(exp(old - sampler), C); 0: no correction, as in the paper.
-    sampler_cap: float = 2.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)  # AdamW's decay rates.
+    weight_decay: BelowOne = 0.0  # AdamW's weight decay.
+    clip: Positive = 0.2  # ε of the clipped ratio.
+    max_grad_norm: Positive = 1.0  # The global gradient norm is clipped here.
+    sampler_cap: PositiveOrZero = 2.0  # C of the sampler correction; 0: none, as in the paper.
 
-
-@dataclass(frozen=True)
-class ModelAndData:
-    """What is trained, and on which questions."""
-
-    # Hub name or directory of a model with a one-token </think>; "miniature" is made here first.
-    model: str = "miniature"
-    # A .json, .jsonl or .parquet file, a named set (deepscaler), or "miniature".
-    train_data: str = "miniature"
-    eval_data: tuple[str, ...] = ("miniature",)  # Likewise, any number of sets.
+    # ---- Model and data ----
+    model: str = "miniature"  # Hub name or directory; "miniature" is made here first.
+    train_data: str = "miniature"  # A .json, .jsonl or .parquet file, or a named set (deepscaler).
+    eval_data: Names = ("miniature",)  # Likewise, any number of sets.
     question_field: str = "problem"  # Column of the question in files.
     answer_field: str = "answer"  # Column of the ground truth in files.
     prompt_template: str = "{question}"  # The user message.
     system_prompt: str = ""  # The system message; "": none of ours.
-    # Arguments of the model's chat template, as name=value (Qwen3: enable_thinking=true).
-    chat_template_args: tuple[str, ...] = ()
-    max_prompt_tokens: int = 12  # Longer prompts are dropped, with a count.
+    chat_template_args: tuple[str, ...] = ()  # As name=value (Qwen3: enable_thinking=true).
+    max_prompt_tokens: Count = 12  # Longer prompts are dropped, with a count.
     # "math" (the verifier), or module:function(summary, ground_truth, question) -> float in [0, 1].
     reward: str = "math"
-    reward_timeout: float = 10.0  # Seconds for one call of that function.
+    reward_timeout: Positive = 10.0  # Seconds for one call of that function.
 
+    # ---- Generation, grading, and two memory knobs ----
+    engine: Engine = "plain"  # Sampling by transformers (anywhere), or by vLLM (fast).
+    tensor_parallel_size: Count = 1  # Processes that share one vLLM engine.
+    max_tokens_per_row: Count = 512  # Training memory: tokens per forward; a longer tree is alone.
+    kv_cache_gb: Positive = 1.0  # Sampling memory: vLLM's KV cache per process.
+    verifier_workers: Count = 2  # Grading processes per training process.
 
-@dataclass(frozen=True)
-class EngineAndMemory:
-    """How tokens are generated, and the two memory knobs."""
-
-    # Sampling by transformers (anywhere), or by vLLM (fast).
-    engine: Literal["plain", "vllm"] = "plain"
-    tensor_parallel_size: int = 1  # Processes that share one vLLM engine.
-    # Training memory: tokens per packed row, one row a forward; a longer tree gets its own row.
-    max_tokens_per_row: int = 512
-    kv_cache_gb: float = 1.0  # Sampling memory: vLLM's KV cache per process.
-    verifier_workers: int = 2  # Grading processes per training process.
-
-
-@dataclass(frozen=True)
-class Run:
-    """Seed, files, evaluation."""
-
-    seed: int = 0  # Decides the warm start, the order of questions and every sampled token.
+    # ---- Seed, files, logs ----
+    seed: Seed = 0  # Decides the warm start, the order of questions and every sampled token.
     output_dir: str = ""  # Default: runs/<preset>-<experiment>-seed<seed>.
-    # Curves and the evaluation's figure beside metrics.jsonl, which is always written.
-    # (Not --log: torchrun takes that for one of its own.)
+    # Beside metrics.jsonl, which is always written. (Not --log: torchrun has a flag like that.)
     logger: Literal["none", "wandb", "tensorboard"] = "none"
-    # auto: from the newest checkpoint in output_dir (or start, without one); or a checkpoint.
-    resume: str = ""
-    save_every: int = 20  # Steps between checkpoints; 0: none, except on SIGTERM.
-    keep_checkpoints: int = 2  # The newest ones are kept.
-    # Steps between evaluations (besides those at step 0 and the end); 0: only those two.
-    eval_every: int = 25
-    num_eval_budgets: int = 8  # Points of the anytime curve, evenly spaced up to b_M.
-    # The points of the curve by hand; replaces num_eval_budgets.
-    eval_budgets: tuple[int, ...] = ()
-    eval_samples: int = 4  # Thinking traces per evaluation question.
-    # Sampling temperature of evaluation (the paper's is 0.6; at 1.0 the curve is J itself).
-    eval_temperature: float = 1.0
-    eval_questions: int = 256  # Questions per evaluation set at most; 0: all.
+    resume: str = ""  # A checkpoint; auto: the newest in output_dir, or a start without one.
+    save_every: CountOrZero = 20  # Steps between checkpoints; 0: none, except on SIGTERM.
+    keep_checkpoints: Count = 2  # The newest ones are kept.
 
-
-PARTS = {
-    "kind": Kind,
-    "method": Method,
-    "optimisation": Optimisation,
-    "model_and_data": ModelAndData,
-    "engine_and_memory": EngineAndMemory,
-    "run": Run,
-}
-
-
-# A dataclass lists the fields of its bases from the last to the first.
-@dataclass(frozen=True)
-class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
-    """All flags of a run, flat. The defaults are the miniature's."""
+    # ---- Evaluation ----
+    eval_every: CountOrZero = 25  # Steps between evaluations; 0: only before and after training.
+    num_eval_budgets: Count = 8  # Points of the anytime curve, evenly spaced up to b_M.
+    eval_budgets: Counts | None = None  # These points by hand; replaces num_eval_budgets.
+    eval_samples: Count = 4  # Thinking traces per evaluation question.
+    eval_temperature: PositiveOrZero = 1.0  # The paper's is 0.6; at 1.0 the curve is J itself.
+    eval_questions: CountOrZero = 256  # Questions per evaluation set at most; 0: all.
 
     @property
     def budget_prior(self) -> BudgetPrior:
-        """p_B, validated; ValueError names the flag."""
-        if self.budgets:
-            probs = self.probs or prior_probs(self.prior, self.budgets)
-            return BudgetPrior(self.budgets, probs)
-        made = BudgetPrior.make(self.prior, self.max_budget, self.num_budgets)
-        return BudgetPrior(made.budgets, self.probs) if self.probs else made
+        """p_B, validated; ValueError names what is wrong."""
+        largest, n = self.max_budget, self.num_budgets
+        budgets = self.budgets or BudgetPrior.make(self.prior, largest, n).budgets
+        return BudgetPrior(budgets, self.probs or prior_probs(self.prior, budgets))
 
     @property
     def evaluation_budgets(self) -> tuple[int, ...]:
         """The budgets of the anytime curve, validated."""
         largest, n = self.budget_prior.budgets[-1], self.num_eval_budgets
-        even = tuple(largest * j // n for j in range(1, n + 1))
-        chosen = self.eval_budgets or even
-        return BudgetPrior(chosen, prior_probs("uniform", chosen)).budgets
+        budgets = self.eval_budgets or tuple(largest * j // n for j in range(1, n + 1))
+        return BudgetPrior(budgets, prior_probs("uniform", budgets)).budgets
 
     @property
     def longest_thinking(self) -> int:
@@ -178,17 +152,11 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
         return max(self.budget_prior.budgets[-1], self.evaluation_budgets[-1])
 
     @property
-    def summary_room(self) -> int:
-        """Tokens of one summary at most, the appended text included."""
-        return self.max_appended_tokens + self.max_summary_tokens
-
-    @property
     def response_length(self) -> int:
-        """The maximum response length in the loss's denominator: one trace and all its
-        summaries."""
+        """In the loss's denominator: b_M + (M·A + 1) · denominator_summary_tokens."""
         budgets = self.budget_prior.budgets
-        sequences = len(budgets) * self.num_summaries + 1
-        return self.max_response_length or budgets[-1] + sequences * self.summary_room
+        summaries = len(budgets) * self.num_summaries + 1  # as the authors count them
+        return budgets[-1] + summaries * self.denominator_summary_tokens
 
     @property
     def denominator(self) -> int:
@@ -199,16 +167,14 @@ class Config(Run, EngineAndMemory, ModelAndData, Optimisation, Method, Kind):
     @property
     def summary_weight(self) -> float:
         """What a summary token weighs in the loss, a thinking token being 1."""
-        if self.summary_loss == "sum":
-            return 1.0
-        return 1.0 / (len(self.budget_prior.budgets) * self.num_summaries)
+        summaries = len(self.budget_prior.budgets) * self.num_summaries
+        return 1.0 if self.summary_loss == "sum" else 1.0 / summaries
 
 
 PAPER_8K = {
-    # The authors set 10 tokens aside for the appended text (R1-Distill's has 5 or 8), of 128.
     "max_budget": 8000,
     "max_summary_tokens": 118,
-    "max_appended_tokens": 10,
+    "denominator_summary_tokens": 128,  # the authors set 10 aside for the appended text
     "summary_loss": "sum",
     "num_rollouts": 8,
     "questions_per_step": 64,
@@ -233,207 +199,70 @@ PAPER_8K = {
     "max_tokens_per_row": 32768,
     "kv_cache_gb": 24.0,
     "verifier_workers": 4,
-    "save_every": 40,
+    # A crash costs the steps since the newest checkpoint. The paper's 620 steps took 30 hours, so a
+    # step takes about 3 minutes, and at most half an hour is lost. A checkpoint is 21 GB (1.78e9
+    # weights and two moments each, in float32), written by 8 processes at once.
+    "save_every": 10,
     "num_eval_budgets": 32,
     "eval_temperature": 0.6,
     "eval_questions": 0,
 }
 # The longer run of the authors' repository: twice the budget, rollouts and questions.
-PAPER_16K = PAPER_8K | {
-    "max_budget": 16000,
-    "num_rollouts": 16,
-    "questions_per_step": 128,
-    "epochs": 3,
-}
-PRESETS = {"miniature": {}, "paper-8k": PAPER_8K, "paper-16k": PAPER_16K}
+LONGER = {"max_budget": 16000, "num_rollouts": 16, "questions_per_step": 128, "epochs": 3}
+PRESETS = {"miniature": {}, "paper-8k": PAPER_8K, "paper-16k": PAPER_8K | LONGER}
 
 # What evaluate.py changes in a paper preset, for final tables: 1560 questions × 80 samples are
 # 124,800 traces; with 32 summaries each, at most 1.5G tokens at 8000 tokens of thinking, 2.5G at
 # 16,000. On AIME's 30 questions 80 samples leave the questions themselves as the main uncertainty.
-FINAL_TABLES = {
-    "miniature": {},
-    **dict.fromkeys(("paper-8k", "paper-16k"), {"eval_data": ("paper",), "eval_samples": 80}),
-}
-
-# The paper's comparison. GRPO is the same code with one budget, one summary and the group's mean.
-COLUMNS = ("num_budgets", "prior", "num_summaries", "train_summaries", "baseline")
-# fmt: off
-EXPERIMENTS = {name: dict(zip(COLUMNS, row)) for name, row in {
-    "grpo":             (1, "base",    1, "last", "group"),
-    "ar-base":          (4, "base",    4, "all",  "brpo"),
-    "ar-linear":        (4, "linear",  4, "all",  "brpo"),
-    "ar-uniform":       (4, "uniform", 4, "all",  "brpo"),
-    "grpo-linear":      (4, "linear",  1, "last", "group"),
-    "grpo-decouple":    (4, "base",    4, "all",  "group"),
-    "grpo-vr":          (4, "base",    1, "last", "brpo"),
-    "grpo-vr-decouple": (4, "base",    4, "all",  "brpo"),
-}.items()}
-# fmt: on
+FINAL_TABLES = {"eval_data": ("paper",), "eval_samples": 80}
 
 
 def parse(args: list[str] | None = None) -> Config:
-    """The resolved config of a command line. A wrong flag ends with a message and exit code 2."""
-    import tyro
-
-    refuse_empty(args)
-    # Twice: preset and experiment decide what all the other flags default to.
-    first = os.environ.get("RANK", "0") == "0"  # one message, not one from every process
-    kind, _ = tyro.cli(
-        Kind, args=args, add_help=False, return_unknown_args=True, console_outputs=first
-    )
-    base = Config(**{**vars(kind), **PRESETS[kind.preset], **EXPERIMENTS[kind.experiment]})
-    parts = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Parts],
-        args=args,
-        default=Parts(
-            **{
-                name: part(**{f.name: getattr(base, f.name) for f in fields(part)})
-                for name, part in PARTS.items()
-            }
-        ),
-        console_outputs=first,
-    )
-    flags = {k: v for part in vars(parts).values() for k, v in vars(part).items()}
-    config = Config(**flags)
-    default = f"runs/{config.preset}-{config.experiment}-seed{config.seed}"
-    return replace(config, output_dir=config.output_dir or default)
+    """The settings of a command line. A wrong flag ends with a message and exit code 2."""
+    (preset, experiment), _ = read(kind, args, add_help=False, return_unknown_args=True)
+    flags = PRESETS[preset] | EXPERIMENTS[experiment]
+    c = read(Config, args, default=Config(preset=preset, experiment=experiment, **flags))
+    directory = c.output_dir or f"runs/{c.preset}-{c.experiment}-seed{c.seed}"
+    return replace(c, output_dir=directory)
 
 
-def refuse_empty(args: list[str] | None):
-    """A flag for a list without a value would mean its default, which nobody wants who types it."""
-    args = sys.argv[1:] if args is None else args
-    for given, following in zip(args, [*args[1:], "--"]):
-        if given.replace("_", "-") in LISTS and following.startswith("--"):
-            if os.environ.get("RANK", "0") == "0":
-                print(
-                    f"error: {given} has no value: give it one or more, or leave it out",
-                    file=sys.stderr,
-                )
-            sys.exit(2)
+def kind(preset: Preset = "miniature", experiment: Experiment = "ar-uniform"):
+    """The flags that decide the defaults of all others, and are therefore read first."""
+    return preset, experiment
 
 
-LISTS = ("--budgets", "--probs", "--eval-budgets", "--eval-data", "--data")
+def read(flags, args: list[str] | None, **options):
+    """tyro.cli; a mistake, which every process finds, is printed by the first one alone."""
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
+    first = os.environ.get("RANK", "0") == "0"
+    with redirect_stderr(sys.stderr if first else StringIO()):  # tyro prints range errors anyway
+        return tyro.cli(flags, args=args, console_outputs=first, **options)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """AnytimeReasoner with Budget Relative Policy Optimization."""
-
-    kind: Kind
-    method: Method
-    optimisation: Optimisation
-    model_and_data: ModelAndData
-    engine_and_memory: EngineAndMemory
-    run: Run
-
-
-# name: (lowest, highest) value, both allowed; of tuples, each entry's. Counts stay below 2^31,
-# where the random keys of evaluation begin; the other upper bounds only catch slips and infinity.
-TINY, MANY = 5e-324, 2**31 - 1
-RANGES = {
-    **dict.fromkeys(
-        (
-            "max_budget",
-            "num_budgets",
-            "budgets",
-            "num_rollouts",
-            "num_summaries",
-            "questions_per_step",
-            "updates_per_step",
-            "max_summary_tokens",
-            "max_prompt_tokens",
-            "num_eval_budgets",
-            "eval_budgets",
-            "eval_samples",
-            "tensor_parallel_size",
-            "max_tokens_per_row",
-            "keep_checkpoints",
-            "verifier_workers",
-        ),
-        (1, MANY),
-    ),
-    **dict.fromkeys(
-        (
-            "steps",
-            "epochs",
-            "save_every",
-            "eval_every",
-            "eval_questions",
-            "max_appended_tokens",
-            "max_response_length",
-        ),
-        (0, MANY),
-    ),
-    "seed": (0, 2**63 - 1),
-    "probs": (0, 1),
-    "decay": (TINY, 1),
-    "lr": (TINY, 1),
-    "betas": (0, 1 - 1e-9),
-    "weight_decay": (0, 1),
-    "clip": (TINY, 1e3),
-    "sampler_cap": (0, 1e6),
-    "max_grad_norm": (TINY, 1e9),
-    "temperature": (TINY, 100),
-    "eval_temperature": (0, 100),
-    "kv_cache_gb": (TINY, 1e5),
-    "reward_timeout": (TINY, 1e5),
-}
-
-
-def check(config: Config, world_size: int = 1) -> None:
-    """Everything that flags alone can get wrong; ValueError names the flag and the fix."""
-    c = config
-    for name, (lowest, highest) in RANGES.items():
-        values = getattr(c, name)
-        for value in values if isinstance(values, tuple) else (values,):
-            if value < lowest:
-                must = {0: "cannot be negative", TINY: "must be above 0"}
-                raise ValueError(
-                    f"{flag(name)} {value}: " + must.get(lowest, f"must be at least {lowest}")
-                )
-            if not value <= highest:  # nan too
-                raise ValueError(f"{flag(name)} {value}: must be at most {highest:g}")
-    if not c.eval_data:
-        raise ValueError("--eval-data: name at least one file or set")
-    if c.num_rollouts < 2 and c.baseline in ("brpo", "group"):
-        raise ValueError(
-            f"--baseline {c.baseline} compares rollouts of one question: "
-            f"--num-rollouts must be at least 2, not {c.num_rollouts}"
-        )
-    if c.num_rollouts < 2 and c.num_summaries == 1:
-        raise ValueError(
-            "--num-summaries 1 uses the group's mean as the summaries' baseline: "
-            "--num-rollouts must be at least 2"
-        )
-    largest = c.budget_prior.budgets[-1]
+def check(c: Config, world_size: int = 1):
+    """All that flags get wrong only together; ValueError names the flag and the fix."""
+    largest = c.budget_prior.budgets[-1]  # raises where budgets or probabilities are wrong
     if not c.eval_budgets and c.num_eval_budgets > largest:
         raise ValueError(f"--num-eval-budgets {c.num_eval_budgets}: only {largest} tokens to share")
     _ = c.evaluation_budgets  # raises where they do not increase
-    if 0 < c.max_response_length < largest:
+    if c.num_rollouts < 2 and (c.baseline in ("brpo", "group") or c.num_summaries == 1):
         raise ValueError(
-            f"--max-response-length {c.max_response_length} is below the largest "
-            f"budget {largest}: raise it, or leave it out"
+            f"--baseline {c.baseline} with --num-summaries {c.num_summaries} compares rollouts of "
+            "one question: --num-rollouts must be at least 2"
         )
-    check_processes(c, world_size)
-
-
-def check_processes(c: Config, world_size: int) -> None:
-    """The batch arithmetic over processes; ValueError names the flag and the fix."""
     if c.questions_per_step % c.updates_per_step:
         raise ValueError(
             f"--questions-per-step {c.questions_per_step} does not split into "
             f"--updates-per-step {c.updates_per_step} equal updates"
         )
     if c.tensor_parallel_size > 1 and c.engine != "vllm":
-        raise ValueError(
-            "--tensor-parallel-size needs --engine vllm: the plain engine samples on one device"
-        )
-    if world_size % c.tensor_parallel_size:
+        raise ValueError("--tensor-parallel-size needs --engine vllm: transformers uses one device")
+    samplers, rest = divmod(world_size, c.tensor_parallel_size)
+    if rest:
         raise ValueError(
             f"{world_size} processes do not form groups of --tensor-parallel-size "
             f"{c.tensor_parallel_size}: start a multiple of it"
         )
-    samplers = world_size // c.tensor_parallel_size
     if c.questions_per_step % samplers:
         raise ValueError(
             f"--questions-per-step {c.questions_per_step} does not divide over "
@@ -441,111 +270,71 @@ def check_processes(c: Config, world_size: int) -> None:
         )
 
 
-def learning_rate(config: Config, step: int, steps: int) -> float:
+def learning_rate(c: Config, step: int, steps: int) -> float:
     """The rate of one of `steps` sampling steps, counted from 0."""
-    return config.lr * (1 - step / steps) if config.lr_schedule == "linear" else config.lr
+    return c.lr * (1 - step / steps) if c.lr_schedule == "linear" else c.lr
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def batch_arithmetic(config: Config, world_size: int) -> str:
+def batch_arithmetic(c: Config, world_size: int) -> str:
     """The run's sizes, spelled out, to be read before anything is paid for."""
-    c, prior = config, config.budget_prior
-    m, samplers = len(prior.budgets), world_size // c.tensor_parallel_size
-    traces = c.questions_per_step * c.num_rollouts
-    budgets = " ".join(map(str, prior.budgets))
+    prior, samplers = c.budget_prior, world_size // c.tensor_parallel_size
+    budgets, M, U = " ".join(map(str, prior.budgets)), len(prior.budgets), c.updates_per_step
     probs = " ".join(f"{p:.3g}" for p in prior.probs)
-    return "\n".join(
-        [
-            f"{c.preset} · {c.experiment} · seed {c.seed} · {world_size} process(es), "
-            f"{samplers} sampler(s) -> {c.output_dir}",
-            f"  budgets b_j   {budgets}   P_j {probs}   baseline {c.baseline}",
-            f"  a step        {c.questions_per_step} questions × G {c.num_rollouts} = {traces} "
-            f"thinking traces of up to {prior.budgets[-1]} tokens, × M {m} × A {c.num_summaries} = "
-            f"{traces * m * c.num_summaries} summaries of up to {c.max_summary_tokens}",
-            f"  an update     {c.questions_per_step // c.updates_per_step} questions, "
-            f"{c.updates_per_step} updates a step; loss denominator "
-            f"{traces // c.updates_per_step} × {c.response_length} = {c.denominator}",
-        ]
+    B, G, A = c.questions_per_step, c.num_rollouts, c.num_summaries
+    return (
+        f"{c.preset} · {c.experiment} · seed {c.seed} · {world_size} process(es), "
+        f"{samplers} sampler(s) -> {c.output_dir}\n"
+        f"  budgets b_j   {budgets}   P_j {probs}   baseline {c.baseline}\n"
+        f"  a step        {B} questions × G {G} = {B * G} thinking traces of up to "
+        f"{prior.budgets[-1]} tokens, × M {M} × A {A} = {B * G * M * A} summaries of up to "
+        f"{c.max_summary_tokens}\n"
+        f"  an update     {B // U} questions, {U} updates a step; loss denominator "
+        f"{B * G // U} × {c.response_length} = {c.denominator}"
     )
 
 
 # ------------------------------------------------------------------------- the flags of evaluate.py
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class Evaluation:
     """Measure the anytime curve of saved models."""
 
-    models: Annotated[tuple[str, ...], "positional"]  # Model directories or hub names.
-    # Where the fields left out below come from: sets, budgets, samples, prompt, engine.
-    preset: Literal["miniature", "paper-8k", "paper-16k"] = "miniature"
+    models: tyro.conf.Positional[Names] = ()  # Model directories or hub names.
     ask: str = ""  # Answer this one question, as the model thinks about it.
-    budgets: tuple[int, ...] = ()  # Thinking budgets, increasing.
-    data: tuple[str, ...] = ()  # Files, named sets, or "paper" for the authors' five files.
-    samples: int = 0  # Thinking traces per question.
-    summaries: int = 1  # A, per budget; more of them only sharpen the estimate.
-    questions: int = -1  # At most so many per set; 0: all.
-    temperature: float = -1.0  # Sampling temperature.
-    seed: int = 0  # Decides every sampled token, and the bootstrap.
-    engine: Literal["", "plain", "vllm"] = ""  # Sampling by transformers or by vLLM.
-    prompt_template: str = ""  # The user message, with {question}.
-    system_prompt: str = ""  # The system message.
-    chat_template_args: tuple[str, ...] = ()  # Of the chat template, as name=value.
-    max_prompt_tokens: int = 0  # Longer prompts are dropped, with a count.
-    question_field: str = "problem"  # Column of the question in files.
-    answer_field: str = "answer"  # Column of the ground truth in files.
-    reward: str = ""  # "math", or module:function, as in training.
-    chunk: int = 0  # Questions between two writes of the records; 0: automatic.
-    # Where the results go; default: evaluation/ beside the first model.
-    output_dir: str = ""
+    summaries: Count = 1  # A, per budget; more of them only sharpen the estimate.
+    chunk: CountOrZero = 0  # Questions between two writes of the records; 0: automatic.
+    output_dir: str = ""  # Where the results go; default: evaluation/ beside the first model.
+
+    # The rest are settings of the preset (budgets to temperature: its eval_budgets and so on).
+    preset: Preset  # Where their defaults come from.
+    budgets: Counts  # Thinking budgets, increasing.
+    data: Names  # Files, named sets, or "paper" for the authors' five files.
+    samples: Count  # Thinking traces per question.
+    questions: CountOrZero  # At most so many per set; 0: all.
+    temperature: PositiveOrZero  # Sampling temperature.
+    seed: Seed  # Decides every sampled token, and the bootstrap.
+    engine: Engine  # Sampling by transformers or by vLLM.
+    prompt_template: str  # The user message, with {question}.
+    system_prompt: str  # The system message; "": none of ours.
+    chat_template_args: tuple[str, ...]  # Of the chat template, as name=value.
+    max_prompt_tokens: Count  # Longer prompts are dropped, with a count.
+    question_field: str  # Column of the question in files.
+    answer_field: str  # Column of the ground truth in files.
+    reward: str  # "math", or module:function, as in training.
 
     @property
     def output(self) -> Path:
         return Path(self.output_dir or Path(self.models[0]).parent / "evaluation")
 
 
-def evaluation_config(a: Evaluation) -> Config:
-    """The preset with what the arguments override; ValueError names a bad one."""
-    if a.summaries < 1:
-        raise ValueError(f"--summaries {a.summaries}: must be at least 1")
-    for name in ("samples", "questions", "temperature", "seed", "chunk"):
-        if getattr(a, name) < 0 and getattr(a, name) != getattr(Evaluation, name):
-            raise ValueError(f"--{name} {getattr(a, name)}: cannot be negative")
-    given = {
-        "eval_budgets": a.budgets,
-        "eval_data": a.data,
-        "eval_samples": a.samples,
-        "engine": a.engine,
-        "prompt_template": a.prompt_template,
-        "system_prompt": a.system_prompt,
-        "chat_template_args": a.chat_template_args,
-        "reward": a.reward,
-        "max_prompt_tokens": a.max_prompt_tokens,
-    }
-    given = {name: value for name, value in given.items() if value}
-    if a.questions != Evaluation.questions:
-        given["eval_questions"] = a.questions
-    if a.temperature != Evaluation.temperature:
-        given["eval_temperature"] = a.temperature
-    return replace(
-        Config(**{**PRESETS[a.preset], **FINAL_TABLES[a.preset], **given}),
-        seed=a.seed,
-        question_field=a.question_field,
-        answer_field=a.answer_field,
-    )
-
-
 def parse_evaluation(args: list[str] | None = None) -> tuple[Evaluation, Config]:
     """The arguments of evaluate.py, and the settings that they come to."""
-    import tyro
-
-    refuse_empty(args)
-    a = tyro.cli(
-        tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Evaluation),
-        args=args,
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
-    return a, evaluation_config(a)
+    (preset, _), _ = read(kind, args, add_help=False, return_unknown_args=True)
+    final = {} if preset == "miniature" else FINAL_TABLES
+    c = Config(preset=preset, **PRESETS[preset] | final)
+    c = replace(c, eval_budgets=c.evaluation_budgets)
+    names = {f.name: f.name for f in fields(Evaluation) if hasattr(c, f.name)}  # a flag -> Config's
+    names |= {f: f"eval_{f}" for f in ("budgets", "data", "samples", "questions", "temperature")}
+    a = read(Evaluation, args, default=Evaluation(**{f: getattr(c, n) for f, n in names.items()}))
+    return a, replace(c, **{n: getattr(a, f) for f, n in names.items()})

@@ -11,11 +11,10 @@ from tasks import arithmetic
 TRIED = ("qwen2", "qwen3", "llama")  # model families whose trees are tested
 
 
-def open_tokenizer(model: str, longest_sequence: int):
-    """(tokenizer, end-of-text ids of the generation config), before any weight is loaded.
+def open_tokenizer(model: str):
+    """(tokenizer, end-of-text ids of the generation config, tokens of the model's context).
 
-    Raises ValueError when the model cannot be found, or its context is shorter than
-    `longest_sequence`, the prompt + b_M + summary of this run.
+    No weight is loaded. Raises ValueError when the model cannot be found or trained.
     """
     if model == "miniature":
         tokenizer, eos = arithmetic.make_tokenizer(), None
@@ -39,13 +38,7 @@ def open_tokenizer(model: str, longest_sequence: int):
             eos = GenerationConfig.from_pretrained(model, trust_remote_code=False).eos_token_id
         except OSError:  # a model need not ship one
             eos = None
-    if longest_sequence > context:
-        raise ValueError(
-            f"max_prompt_tokens + largest budget + summary, appended text included, = "
-            f"{longest_sequence} tokens, but {model} has a context of {context}: "
-            "lower the budgets or max_prompt_tokens"
-        )
-    return tokenizer, [eos] if isinstance(eos, int) else eos or []
+    return tokenizer, [eos] if isinstance(eos, int) else eos or [], context
 
 
 def check_weights(model: str, config, vocabulary: int):

@@ -68,9 +68,15 @@ def open_model(model: str, c: Config, longest_thinking: int, ask: str = "") -> O
 
     `ask`: this one question instead of the evaluation sets.
     """
-    tokenizer, eos = open_tokenizer(model, c.max_prompt_tokens + longest_thinking + c.summary_room)
-    markers = Markers.from_tokenizer(tokenizer, c.max_summary_tokens, eos, c.max_appended_tokens)
-    longest = c.max_prompt_tokens + longest_thinking + c.summary_room
+    tokenizer, eos, context = open_tokenizer(model)
+    markers = Markers.from_tokenizer(tokenizer, c.max_summary_tokens, eos)
+    summary = markers.appended_tokens + c.max_summary_tokens
+    longest = c.max_prompt_tokens + longest_thinking + summary
+    if longest > context:
+        raise ValueError(
+            f"{model} has a context of {context}, but --max-prompt-tokens {c.max_prompt_tokens} + "
+            f"largest budget {longest_thinking} + summary {summary} = {longest} tokens: lower them"
+        )
     sets, reports = {}, []
     if ask:
         sets["ask"], _ = make_questions(
@@ -143,21 +149,10 @@ def identity_of(c: Config, questions: list) -> dict:
 
     Not part of it: where a run is, how often it looks and saves, how far it goes.
     """
-    free = {
-        "output_dir",
-        "resume",
-        "save_every",
-        "keep_checkpoints",
-        "steps",
-        "epochs",
-        "verifier_workers",
-        "kv_cache_gb",
-        "tensor_parallel_size",
-        "max_tokens_per_row",
-        "num_eval_budgets",
-        "reward_timeout",
-        "logger",
-    }
+    free = set(
+        "output_dir resume save_every keep_checkpoints steps epochs verifier_workers kv_cache_gb "
+        "tensor_parallel_size max_tokens_per_row num_eval_budgets reward_timeout logger".split()
+    )
     if c.lr_schedule == "linear":
         free -= {"steps", "epochs"}  # the rate of every step depends on how many there will be
     settings = json.loads(json.dumps(asdict(c)))
@@ -213,8 +208,6 @@ def load(c: Config, run: Run):
 
 def prepare_evaluation(a: Evaluation, c: Config) -> dict[str, Opened]:
     """Every model with its questions, checked before any weight is loaded."""
-    if not a.models:
-        raise ValueError("no model: name one or more directories or hub names")
     if "miniature" in a.models:
         raise ValueError(
             "miniature is no model to evaluate but one that train.py makes: name its "

@@ -221,7 +221,7 @@ def main(a: Arguments):
         config = Qwen2Config(**(TOY if a.tiny else REAL), eos_token_id=1, pad_token_id=0)
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
         if a.rollout:
-            longest = 200 + budgets[-1] + c.summary_room
+            longest = 200 + budgets[-1] + c.max_summary_tokens + 10  # the appended text
             engine = make_engine("vllm", path, device, longest, kv_cache_gb=c.kv_cache_gb)
         model = distributed.load_policy(path, device)
     bench_training(a, c, model, budgets, 4096 if a.tiny else c.max_tokens_per_row, device)

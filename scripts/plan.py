@@ -51,7 +51,8 @@ def longest_tree(c: Config) -> int:
     """Tokens of a trace that uses its whole budget, with all its trained summaries."""
     budgets = c.budget_prior.budgets
     summaries = c.num_summaries * (len(budgets) if c.train_summaries == "all" else 1)
-    return c.max_prompt_tokens + budgets[-1] + summaries * c.summary_room
+    summary = c.max_summary_tokens + 10  # the appended text: 5 or 8 tokens of R1-Distill's
+    return c.max_prompt_tokens + budgets[-1] + summaries * summary
 
 
 def row_tokens(c: Config) -> int:

@@ -199,14 +199,6 @@ def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path,
     assert {k: trainers[k] for k in ours} == ours  # the picture's and the table's numbers, all
 
 
-def test_the_paper_presets_take_the_authors_files_and_80_samples():
-    c = evaluate.evaluation_config(evaluate.Evaluation(("m",), "paper-8k"))
-    assert (c.eval_data, c.eval_samples, c.eval_temperature) == (("paper",), 80, 0.6)
-    assert c.evaluation_budgets == tuple(range(250, 8001, 250))
-    c = evaluate.evaluation_config(evaluate.Evaluation(("m",), "paper-8k", samples=8))
-    assert c.eval_samples == 8
-
-
 @pytest.mark.skipif(
     not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
 )
@@ -255,8 +247,6 @@ def test_ask_on_the_command_line(trained_model_path):
         (["MODEL", "--budgets", "9", "3"], "not increasing"),
         (["MODEL", "--budgets", "3", "900"], "context of 256"),
         (["MODEL", "--data", "nowhere.json"], "neither a file nor"),
-        (["MODEL", "--summaries", "0"], "--summaries 0: must be at least 1"),
-        (["MODEL", "--samples", "-3"], "--samples -3"),
         (["MODEL", "--ask", "1 +1 ?", "--prompt-template", "why"], "has no {question}"),
     ],
 )

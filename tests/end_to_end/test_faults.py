@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ import evaluate
 import train
 from rollout import Rollout, Summary
 from runtime import checkpoint, data, distributed, metrics, models, rundir, startup
-from runtime.config import RANGES, Config, check, parse
+from runtime.config import parse
 from runtime.data import Question
 from tasks import arithmetic
 from tasks.verifier import FAILURES
@@ -614,7 +613,7 @@ def test_code_of_a_model_directory_is_not_run(tiny_model_path, tmp_path):
     (model / "config.json").write_text(json.dumps(settings))
     (model / "mine.py").write_text(f"import os; os.mkdir({str(tmp_path / 'planted')!r})")
     with pytest.raises(ValueError, match="--model"):
-        models.open_tokenizer(str(model), 40)
+        models.open_tokenizer(str(model))
     assert not (tmp_path / "planted").exists()
     for path in ROOT.glob("*.py"):
         calls = path.read_text().split("from_pretrained(")[1:]
@@ -622,39 +621,6 @@ def test_code_of_a_model_directory_is_not_run(tiny_model_path, tmp_path):
 
 
 # -------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        ("--betas 0.9 1", "--betas 1.0"), ("--betas -0.1 0.9", "--betas -0.1"),
-        ("--weight-decay nan", "--weight-decay nan"), ("--weight-decay -1", "--weight-decay -1"),
-        ("--seed 1180591620717411303424", "--seed 11805"), ("--seed -1", "--seed -1"),
-        ("--lr inf", "--lr inf"), ("--lr nan", "--lr nan"), ("--lr 0", "--lr 0"),
-        ("--temperature inf", "--temperature inf"), ("--temperature nan", "--temperature nan"),
-        ("--eval-temperature inf", "--eval-temperature"), ("--sampler-cap inf", "--sampler-cap"),
-        ("--sampler-cap nan", "--sampler-cap nan"), ("--max-grad-norm nan", "--max-grad-norm"),
-        ("--clip inf", "--clip inf"), ("--decay nan", "--decay nan"), ("--decay 1.5", "--decay"),
-        ("--kv-cache-gb nan", "--kv-cache-gb"), ("--probs nan 1 1 1", "--probs nan"),
-        ("--max-budget 0", "--max-budget 0"), ("--steps 3000000000", "--steps 3000000000"),
-        ("--eval-budgets", "--eval-budgets has no value"), ("--eval-data", "--eval-data has no"),
-        ("--eval_budgets --seed 1", "--eval_budgets has no value"),
-    ],
-)  # fmt: skip
-def test_bad_flags(flags, complaint, capsys):
-    with pytest.raises((ValueError, SystemExit)) as e:
-        check(parse(flags.split()))
-    text = capsys.readouterr().err if isinstance(e.value, SystemExit) else str(e.value)
-    assert complaint in text and "\n" not in text.strip()
-    assert isinstance(e.value, ValueError) or e.value.code == 2
-
-
-def test_every_number_among_the_flags_has_a_range():
-    def is_number(value) -> bool:
-        values = value if isinstance(value, tuple) else (value,)
-        return any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-
-    assert {f.name for f in fields(Config) if is_number(getattr(Config(), f.name))} <= set(RANGES)
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/out"])
@@ -748,23 +714,6 @@ def test_a_byte_order_mark_and_decimals_are_fine(tmp_path):
     assert data.load_rows(str(tmp_path / "a.parquet")) == ([("x", "2.50"), ("y", "3.00")], 0)
 
 
-@pytest.mark.parametrize(
-    "args, complaint",
-    [
-        ([], "name one or more"), (["miniature"], "train.py makes"),
-        (["MODEL", "--samples", "-1"], "--samples -1"), (["MODEL", "--seed", "-1"], "--seed -1"),
-        (["MODEL", "--questions", "-5"], "--questions -5"),
-        (["MODEL", "--temperature", "nan"], "temperature nan"),
-        (["MODEL", "--budgets"], "--budgets has no value"), (["MODEL", "--data"], "--data has no"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_of_evaluate(args, complaint, tiny_model_path, capsys):
-    with pytest.raises(SystemExit) as e:
-        evaluate.main([str(tiny_model_path) if a == "MODEL" else a for a in args])
-    line = capsys.readouterr().err.strip()
-    assert e.value.code == 2 and complaint in line and "\n" not in line
-
-
 def test_an_unreachable_hub_is_one_line_in_seconds(monkeypatch):
     from huggingface_hub import constants
 
@@ -772,7 +721,7 @@ def test_an_unreachable_hub_is_one_line_in_seconds(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     start = time.time()
     with pytest.raises(ValueError, match="^--model org/name: no model directory or hub name"):
-        models.open_tokenizer("org/name", 40)
+        models.open_tokenizer("org/name")
     with pytest.raises(ValueError, match="cannot fetch"):
         data.load_rows("deepscaler")
     assert time.time() - start < 10 and constants.HF_HUB_OFFLINE

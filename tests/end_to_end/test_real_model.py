@@ -50,16 +50,7 @@ def flags(smollm, tmp_path_factory):
         rows = [row for row in json.loads(math.read_text()) if len(row["problem"]) < 120][:64]
     data = tmp_path_factory.mktemp("data") / "short.json"
     data.write_text(json.dumps(rows))
-    return [
-        "--model",
-        smollm,
-        "--train-data",
-        data,
-        "--max-prompt-tokens",
-        100,
-        "--max-appended-tokens",
-        16,
-    ]
+    return ["--model", smollm, "--train-data", data, "--max-prompt-tokens", 100]
 
 
 @pytest.fixture(scope="module")

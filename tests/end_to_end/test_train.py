@@ -265,7 +265,7 @@ def test_checkpoints_are_complete_bounded_and_of_this_run(unbroken, tmp_path):
     "args, complaint",
     [
         (["--budgets", "24", "12"], "not increasing"),
-        (["--budgets", "48", "400", "--max-response-length", "500"], "context of 256"),
+        (["--budgets", "48", "400"], "context of 256"),
         (["--probs", "0.5", "0.5", "0.5", "0.5"], "sum to 2"),
         (["--baseline", "group", "--num-rollouts", "1"], "--num-rollouts must be at least 2"),
         (["--train-data", "BAD"], "bad.jsonl, line 2: not JSON"),

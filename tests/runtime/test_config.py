@@ -1,4 +1,10 @@
-from dataclasses import fields
+"""Settings: where a default comes from, what the paper's runs are, and what is refused."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
 
 import pytest
 
@@ -6,135 +12,84 @@ from runtime.config import (
     EXPERIMENTS,
     PRESETS,
     Config,
+    Evaluation,
     batch_arithmetic,
     check,
     learning_rate,
     parse,
+    parse_evaluation,
 )
+from tests.conftest import ROOT, alone
 
 
 def test_flags_win_over_the_experiment_and_the_experiment_over_the_preset():
-    c = parse(
-        ["--preset", "paper-8k", "--experiment", "grpo-vr", "--num-summaries", "2", "--seed=3"]
-    )
-    assert (c.lr, c.baseline, c.train_summaries, c.num_summaries, c.seed) == (
-        1e-6,
-        "brpo",
-        "last",
-        2,
-        3,
-    )
+    c = parse("--num-summaries 2 --experiment grpo-vr --preset paper-8k --seed=3".split())
+    assert (c.preset, c.experiment, c.seed) == ("paper-8k", "grpo-vr", 3)
+    assert (c.lr, c.baseline, c.train_summaries, c.num_summaries) == (1e-6, "brpo", "last", 2)
     assert c.output_dir == "runs/paper-8k-grpo-vr-seed3"
-    assert parse([]).experiment == "ar-uniform" and parse([]).preset == "miniature"
+    assert parse(["--output_dir", "here"]).output_dir == "here"
+    assert parse([]) == Config(output_dir="runs/miniature-ar-uniform-seed0")
 
 
-@pytest.mark.parametrize("args", [["--bogus", "1"], ["--experiment", "ppo"], ["--lr", "fast"]])
-def test_unknown_flags_and_values_end_with_code_2(args, capsys):
-    with pytest.raises(SystemExit) as e:
-        parse(args)
-    assert e.value.code == 2
+def test_settings_are_json_and_come_back():
+    for preset in PRESETS:
+        c = parse(["--preset", preset, "--eval-budgets", "5", "9"])
+        assert Config(**json.loads(json.dumps(asdict(c)))) == c
 
 
 def test_the_papers_main_run_by_its_numbers():
     c = parse(["--preset", "paper-8k"])
-    assert (
-        c.budget_prior.budgets == (2000, 4000, 6000, 8000) and c.budget_prior.probs == (0.25,) * 4
-    )
-    assert (c.questions_per_step, c.updates_per_step, c.num_rollouts, c.num_summaries) == (
-        64,
-        2,
-        8,
-        4,
-    )
-    assert (c.temperature, c.clip, c.decay, c.eval_temperature, len(c.evaluation_budgets)) == (
-        1.0,
-        0.2,
-        0.5,
-        0.6,
-        32,
-    )
-    assert (
-        c.response_length == 10176 and c.denominator == 32 * 8 * 10176 and c.summary_weight == 1.0
-    )
+    assert c.budget_prior.budgets == (2000, 4000, 6000, 8000)
+    assert c.budget_prior.probs == (0.25,) * 4
+    assert (c.questions_per_step, c.updates_per_step) == (64, 2)
+    assert (c.num_rollouts, c.num_summaries, c.max_summary_tokens) == (8, 4, 118)
+    assert (c.temperature, c.clip, c.decay, c.summary_weight) == (1.0, 0.2, 0.5, 1.0)
+    assert (c.eval_temperature, c.eval_samples, c.eval_every) == (0.6, 32, 20)
+    assert c.eval_data == ("paper/aime", "paper/amc")
+    assert c.evaluation_budgets == tuple(range(250, 8001, 250))
+    assert c.response_length == 10176 and c.denominator == 32 * 8 * 10176
     assert "512 thinking traces of up to 8000 tokens" in batch_arithmetic(c, 8)
-    for preset in ("paper-8k", "paper-16k"):
-        c = parse(["--preset", preset])
-        assert (c.eval_samples, c.eval_every) == (32, 20)
-        assert c.eval_data == ("paper/aime", "paper/amc")
+    longer = parse(["--preset", "paper-16k"])
+    changed = {k for k, v in asdict(c).items() if asdict(longer)[k] != v}
+    assert changed == {"preset", "output_dir"} | set(
+        "max_budget num_rollouts questions_per_step epochs".split()
+    )
 
 
 def test_the_experiments_are_the_papers_table():
-    table = {name: tuple(e.values()) for name, e in EXPERIMENTS.items()}
-    assert len(table) == 8
-    assert table["grpo"] == (1, "base", 1, "last", "group")
-    assert table["grpo-linear"] == (4, "linear", 1, "last", "group")
-    assert table["grpo-decouple"] == (4, "base", 4, "all", "group")
-    assert table["grpo-vr"] == (4, "base", 1, "last", "brpo")
-    assert table["grpo-vr-decouple"] == table["ar-base"] == (4, "base", 4, "all", "brpo")
-    for name in EXPERIMENTS:
+    assert {name: tuple(row.values()) for name, row in EXPERIMENTS.items()} == {
+        "grpo": (1, "base", 1, "last", "group"),
+        "ar-base": (4, "base", 4, "all", "brpo"),
+        "ar-linear": (4, "linear", 4, "all", "brpo"),
+        "ar-uniform": (4, "uniform", 4, "all", "brpo"),
+        "grpo-linear": (4, "linear", 1, "last", "group"),
+        "grpo-decouple": (4, "base", 4, "all", "group"),
+        "grpo-vr": (4, "base", 1, "last", "brpo"),
+        "grpo-vr-decouple": (4, "base", 4, "all", "brpo"),
+    }
+    for name, row in EXPERIMENTS.items():
         for preset in PRESETS:
-            check(parse(["--preset", preset, "--experiment", name]), world_size=8)
+            c = parse(["--preset", preset, "--experiment", name])
+            check(c, world_size=8)
+            assert {k: getattr(c, k) for k in row} == row
 
 
-def test_explicit_budgets_and_probabilities():
-    c = parse(["--budgets", "8", "20", "48", "--probs", "0.2", "0.3", "0.5"])
+def test_budgets_and_probabilities_by_hand():
+    c = parse("--budgets 8 20 48 --probs 0.2 0.3 0.5".split())
     assert c.budget_prior.budgets == (8, 20, 48) and c.budget_prior.probs == (0.2, 0.3, 0.5)
-    assert parse(["--budgets", "8", "24", "--prior", "linear"]).budget_prior.probs == (0.25, 0.75)
+    assert parse("--budgets 8 24 --prior linear".split()).budget_prior.probs == (0.25, 0.75)
     assert c.summary_weight == pytest.approx(1 / 12)  # --summary-loss mean: 1/(M·A)
 
 
 def test_what_depends_on_the_largest_budget_follows_it():
-    c = parse(["--preset", "paper-8k", "--max-budget", "4000"])
-    assert c.response_length == 4000 + 17 * 128 and c.longest_sequence == 1024 + 4000 + 128
+    c = parse("--preset paper-8k --max-budget 4000".split())
+    assert c.response_length == 4000 + 17 * 128
     assert c.evaluation_budgets == tuple(range(125, 4001, 125))
-    assert parse(["--budgets", "8", "32", "--num-eval-budgets", "4"]).evaluation_budgets == (
-        8,
-        16,
-        24,
-        32,
-    )
-    assert (c.max_summary_tokens, c.summary_room) == (118, 128)  # generated; with the appended text
+    c = parse("--budgets 8 32 --num-eval-budgets 4".split())
+    assert c.evaluation_budgets == (8, 16, 24, 32) and c.longest_thinking == 32
+    assert parse("--eval-budgets 5 90".split()).longest_thinking == 90
     assert Config().response_length == 64 + 17 * 10
-    assert parse(["--max-response-length", "99"]).response_length == 99
-    assert parse(["--eval-budgets", "5", "90"]).longest_sequence == 12 + 90 + 3 + 7
-
-
-def test_help_lists_every_flag_in_groups(capsys):
-    with pytest.raises(SystemExit) as e:
-        parse(["--preset", "paper-8k", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert e.value.code == 0 and "(default: 8000)" in text.replace(
-        "│ │ ", ""
-    )  # the defaults shown are the preset's
-    for group in ("kind", "method", "optimisation", "model-and-data", "engine-and-memory", "run"):
-        assert f"{group} options" in text
-    assert all("--" + f.name.replace("_", "-") in text for f in fields(Config))
-
-
-@pytest.mark.parametrize(
-    "change, complaint",
-    [
-        (dict(budgets=(12, 12)), "not increasing"),
-        (dict(probs=(0.5, 0.5, 0.5, 0.5)), "sum to 2"),
-        (dict(num_rollouts=1), "--num-rollouts must be at least 2"),
-        (
-            dict(num_rollouts=1, baseline="progress", num_summaries=1),
-            "--num-rollouts must be at least 2",
-        ),
-        (dict(num_budgets=5), "even budgets"),
-        (dict(updates_per_step=3), "--updates-per-step 3"),
-        (dict(eval_budgets=(12, 6)), "not increasing"),
-        (dict(tensor_parallel_size=2), "needs --engine vllm"),
-        (dict(tensor_parallel_size=4, engine="vllm"), "2 processes do not form groups"),
-        (dict(questions_per_step=15, updates_per_step=1), "does not divide over 2"),
-        (dict(lr=0.0), "--lr 0.0: must be above 0"),
-        (dict(seed=-1), "--seed -1"),
-        (dict(max_response_length=40), "--max-response-length 40"),
-    ],
-)
-def test_bad_settings_name_the_flag(change, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        check(Config(**change), world_size=2)
+    assert Config(denominator_summary_tokens=20).response_length == 64 + 17 * 20
 
 
 def test_the_learning_rate_falls_to_nothing_on_the_miniature_and_is_constant_in_the_paper():
@@ -142,3 +97,154 @@ def test_the_learning_rate_falls_to_nothing_on_the_miniature_and_is_constant_in_
     rates = [learning_rate(falling, step, 4) for step in range(5)]
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
     assert {learning_rate(constant, step, 4) for step in range(5)} == {0.4}
+
+
+def test_evaluation_shows_and_takes_the_presets_settings():
+    a, c = parse_evaluation(["m", "n", "--preset", "paper-8k"])
+    assert a.models == ("m", "n") and str(a.output) == "evaluation"
+    assert a.data == c.eval_data == ("paper",) and a.samples == c.eval_samples == 80
+    assert a.temperature == c.eval_temperature == 0.6 and a.questions == c.eval_questions == 0
+    assert a.budgets == c.evaluation_budgets == tuple(range(250, 8001, 250))
+    assert c.max_summary_tokens == 118 and c.engine == "vllm"
+
+    flags = "--budgets 3 9 --data a b --samples 8 --questions 5 --temperature 0 --seed 7 " \
+        "--engine plain --prompt-template {question}! --system-prompt s --chat-template-args a=1 " \
+        "--max-prompt-tokens 9 --question-field q --answer-field w --reward f:g"  # fmt: skip
+    _, c = parse_evaluation(["m", "--preset", "paper-8k", *flags.split()])
+    assert c == replace(
+        Config(**PRESETS["paper-8k"]), preset="paper-8k", eval_budgets=(3, 9), eval_samples=8,
+        eval_data=("a", "b"), eval_questions=5, eval_temperature=0, seed=7, engine="plain",
+        prompt_template="{question}!", system_prompt="s", chat_template_args=("a=1",),
+        max_prompt_tokens=9, question_field="q", answer_field="w", reward="f:g",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cls, read", [(Config, parse), (Evaluation, parse_evaluation)])
+def test_help_explains_every_flag_with_its_own_default(cls, read, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as e:
+        read(["--preset", "paper-8k", "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    text = " ".join(lines).partition("--help")[2]
+    assert e.value.code == 0 and "----" not in text  # headings of sections are no help texts
+    helps = []
+    for name in (f.name for f in fields(cls) if f.name != "models"):
+        _, found, rest = text.partition(f"--{name.replace('_', '-')} ")
+        assert found, name
+        helps.append(rest.partition(" (default: ")[0].split("  ")[-1])
+    assert len(set(helps)) == len(helps) and all(h.strip() for h in helps), helps
+    assert "8000" in text  # of the preset
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+# By kind: below, above, nan, infinity, wrong type, a value of a list, an empty list, unknown.
+# fmt: off
+BAD_FLAGS = [
+    ("--seed -1", ["seed", "-1", "greater than or equal to 0"]),
+    ("--lr 0", ["lr", "0", "greater than 0"]),
+    ("--weight-decay -1", ["weight_decay", "-1", "greater than or equal to 0"]),
+    ("--max_budget=0", ["max_budget", "0", "greater than or equal to 1"]),
+    ("--decay 1.5", ["decay", "1.5", "less than or equal to 1"]),
+    ("--steps 3000000000", ["steps", "3000000000", "less than 2147483648"]),
+    ("--seed 9223372036854775808", ["seed", "9223372036854775808"]),
+    *((f"--{name} {value}", [name.replace("-", "_"), value, "finite number"])
+      for name in ("lr", "temperature", "eval-temperature", "sampler-cap", "max-grad-norm", "clip",
+                   "decay", "weight-decay", "kv-cache-gb", "reward-timeout")
+      for value in ("nan", "inf")),
+    ("--lr fast", ["--lr", "fast"]), ("--steps 1.5", ["--steps", "1.5"]),
+    ("--betas 0.9 1", ["betas.1", "1.0", "less than 1"]), ("--betas 0.9", ["--betas"]),
+    ("--betas -0.1 0.9", ["betas.0", "-0.1"]), ("--probs nan 1", ["probs", "nan", "finite number"]),
+    ("--budgets 4 0 9", ["budgets.1", "0", "greater than or equal to 1"]),
+    ("--budgets 4 x", ["--budgets", "'x'"]),
+    *((f"--{name} {following}", [name.replace("-", "_"), "at least 1 item"])
+      for name in ("budgets", "probs", "eval-budgets", "eval-data")
+      for following in ("", "--seed 1")),
+    ("--experiment ppo", ["--experiment", "ppo"]), ("--preset x", ["--preset", "'x'"]),
+    ("--baseline x", ["--baseline", "'x'"]), ("--bogus 1", ["--bogus"]),
+]
+BAD_FLAGS_OF_EVALUATION = [
+    ("", ["models", "at least 1 item"]), ("m --budgets", ["budgets", "at least 1 item"]),
+    ("m --data --seed 1", ["data", "at least 1 item"]), ("m --samples -3", ["samples", "-3"]),
+    ("m --samples 0", ["samples", "0"]), ("m --summaries 0", ["summaries", "0"]),
+    ("m --questions -5", ["questions", "-5"]), ("m --chunk -1", ["chunk", "-1"]),
+    ("m --temperature nan", ["temperature", "nan", "finite number"]),
+    ("m --temperature -1", ["temperature", "-1"]), ("m --seed -1", ["seed", "-1"]),
+    ("m --max-prompt-tokens 0", ["max_prompt_tokens", "0"]), ("m --lr 1", ["--lr"]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "read, flags, words",
+    [(parse, *case) for case in BAD_FLAGS]
+    + [(parse_evaluation, *case) for case in BAD_FLAGS_OF_EVALUATION],
+)
+def test_a_bad_flag_ends_with_code_2_and_names_flag_value_and_bound(
+    read, flags, words, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as e:
+        read(flags.split())
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert e.value.code == 2 and all(word in error for word in words), error
+    monkeypatch.setenv("RANK", "1")  # the other processes are silent
+    with pytest.raises(SystemExit) as e:
+        read(flags.split())
+    assert e.value.code == 2 and capsys.readouterr() == ("", "")
+
+
+def test_every_number_among_the_settings_has_a_range():
+    """Also for settings that are made in code, or changed by `replace`."""
+    settings = asdict(Config(budgets=(1,), probs=(1.0,), eval_budgets=(1,)))
+    wrong = {k: -1 for k, v in settings.items() if isinstance(v, (int, float))}
+    lists = {k: v for k, v in settings.items() if isinstance(v, tuple) and v}
+    wrong |= {k: (-1,) * len(v) for k, v in lists.items() if not isinstance(v[0], str)}
+    assert len(wrong) > 30
+    wrong |= {"baseline": "x", "eval_data": (), "model": None, "bogus": 1}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            Config(**{name: value})
+        with pytest.raises((ValueError, TypeError), match=name):  # of an unknown name, TypeError
+            replace(Config(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (dict(budgets=(12, 12)), "not increasing"),
+        (dict(probs=(0.5, 0.5, 0.5, 0.5)), "sum to 2"),
+        (dict(num_budgets=5), "even budgets"),
+        (dict(num_rollouts=1), "--num-rollouts must be at least 2"),
+        (dict(num_rollouts=1, baseline="group"), "--num-rollouts must be at least 2"),
+        (dict(num_rollouts=1, baseline="none", num_summaries=1), "--num-rollouts must be at least"),
+        (dict(num_eval_budgets=65), "--num-eval-budgets 65: only 64 tokens"),
+        (dict(eval_budgets=(12, 6)), "not increasing"),
+        (dict(updates_per_step=3), "--updates-per-step 3"),
+        (dict(tensor_parallel_size=2), "needs --engine vllm"),
+        (dict(tensor_parallel_size=4, engine="vllm"), "2 processes do not form groups"),
+        (dict(questions_per_step=15, updates_per_step=1), "does not divide over 2"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_one_line(change, complaint):
+    with pytest.raises(ValueError, match=complaint) as e:
+        check(Config(**change), world_size=2)
+    assert "\n" not in str(e.value)
+    check(Config(num_rollouts=1, baseline="progress"), world_size=2)  # summaries suffice
+
+
+def test_a_model_that_train_makes_cannot_be_evaluated():
+    from runtime.startup import prepare_evaluation
+
+    with pytest.raises(ValueError, match="train.py makes"):
+        prepare_evaluation(*parse_evaluation(["miniature"]))
+
+
+def test_a_bad_flag_costs_no_import_of_torch():
+    code = "import sys; from runtime.config import parse; parse(['--lr', '0'])"
+    code = f"import sys\ntry: exec({code!r})\nfinally: print('torch' in sys.modules)"
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=alone()
+    )
+    assert done.returncode == 2 and done.stdout == "False\n" and time.time() - start < 10

@@ -223,13 +223,11 @@ def test_every_listed_answer_of_minerva_counts_alone():
     assert len({frozenset(p) for p, s in zip(pairs, siblings) if s == 0}) <= 6
 
 
-def test_open_tokenizer_refuses_a_short_context_and_a_missing_model(tiny_model_path):
-    with pytest.raises(ValueError, match="context of 256"):
-        open_tokenizer(str(tiny_model_path), 257)
+def test_open_tokenizer_reads_the_context_and_refuses_a_missing_model(tiny_model_path):
     with pytest.raises(ValueError, match="--model nowhere"):
-        open_tokenizer("nowhere", 40)
-    tokenizer, eos = open_tokenizer(str(tiny_model_path), 256)
-    assert eos == [tokenizer.eos_token_id]
+        open_tokenizer("nowhere")
+    tokenizer, eos, context = open_tokenizer(str(tiny_model_path))
+    assert eos == [tokenizer.eos_token_id] and context == 256
 
 
 def test_rows_without_a_ground_truth_are_kept_where_a_reward_function_needs_none(tmp_path):

@@ -68,7 +68,7 @@ def tokenizer(request):
 
 
 def markers_of(tokenizer):
-    return Markers.from_tokenizer(tokenizer, max_summary_tokens=118, max_appended_tokens=16)
+    return Markers.from_tokenizer(tokenizer, max_summary_tokens=118)
 
 
 def encode(tokenizer, text):
