@@ -84,77 +84,47 @@ def pack(trees: list[Tree], multiple: int = 1) -> Row:
     columns = {name: [] for name in Row.__dataclass_fields__ if name != "old_logp"}
     ids, new_id = columns["input_ids"], count()
 
-    def add(
-        tokens,
-        position,
-        branch,
-        trunk,
-        trunk_end,
-        previous,
-        trained=False,
-        advantages=(),
-        sampler_logp=(),
-    ):
+    def add(tokens, position, scope, previous, advantages=None, sampler_logp=()):
+        """One run of consecutive tokens; scope: its branch, trunk and trunk_end. Trained where it
+        has advantages, be they an empty list."""
         start, n = len(ids), len(tokens)
         ids.extend(tokens)
         columns["position_ids"].extend(range(position, position + n))
-        columns["branch"].extend([branch] * n)
-        columns["trunk"].extend([trunk] * n)
-        columns["trunk_end"].extend([trunk_end] * n)
+        for name, value in zip(("branch", "trunk", "trunk_end"), scope):
+            columns[name].extend([value] * n)
         columns["previous"].extend([previous, *range(start, start + n - 1)][:n])
-        columns["trained"].extend([trained] * n)
+        columns["trained"].extend([advantages is not None] * n)
         columns["advantages"].extend(advantages or [0.0] * n)
         columns["sampler_logp"].extend(sampler_logp or [float("nan")] * n)
 
     for tree in trees:
-        trunk, start = next(new_id), len(ids)
-        first_thinking = start + len(tree.prompt)
+        trunk, start, prompt = next(new_id), len(ids), len(tree.prompt)
+        scope, thinking = (trunk, trunk, start), start + prompt
         # The first prompt token has no predecessor; it is never trained, so any index will do.
-        add(tree.prompt, 0, trunk, trunk, start, start)
-        add(
-            tree.thinking,
-            len(tree.prompt),
-            trunk,
-            trunk,
-            start,
-            first_thinking - 1,
-            True,
-            tree.advantages,
-            tree.sampler_logp,
-        )
+        add(tree.prompt, 0, scope, start)
+        add(tree.thinking, prompt, scope, thinking - 1, tree.advantages, tree.sampler_logp)
         for b in tree.branches:
             if not 0 <= b.cut <= len(tree.thinking):
                 raise ValueError(
                     f"a branch is cut at {b.cut}, outside its thinking trace of "
                     f"{len(tree.thinking)} tokens"
                 )
-            branch, trunk_end = next(new_id), first_thinking + b.cut
-            position = len(tree.prompt) + b.cut
+            position, trunk_end = prompt + b.cut, thinking + b.cut
+            scope = (next(new_id), trunk, trunk_end)
             # The first branch token is predicted from the last trunk token that it can see ...
-            add(b.appended, position, branch, trunk, trunk_end, trunk_end - 1)
+            add(b.appended, position, scope, trunk_end - 1)
             # ... and the summary's first from the appended text's last, its neighbour in the row.
-            add(
-                b.summary,
-                position + len(b.appended),
-                branch,
-                trunk,
-                trunk_end,
-                len(ids) - 1 if b.appended else trunk_end - 1,
-                True,
-                [b.advantage] * len(b.summary),
-                b.sampler_logp,
-            )
+            previous = len(ids) - 1 if b.appended else trunk_end - 1
+            advantages = [b.advantage] * len(b.summary)
+            position += len(b.appended)
+            add(b.summary, position, scope, previous, advantages, b.sampler_logp)
     # Padding is one more trunk that sees only itself: an empty softmax row would be nan.
     padding = next(new_id)
-    add([0] * (-len(ids) % multiple), 0, padding, padding, 0, 0)
+    add([0] * (-len(ids) % multiple), 0, (padding, padding, 0), 0)
 
     dtypes = {"trained": torch.bool, "advantages": torch.float32, "sampler_logp": torch.float32}
-    return Row(
-        **{
-            name: torch.tensor(values, dtype=dtypes.get(name, torch.int64))
-            for name, values in columns.items()
-        }
-    )
+    tensors = {k: torch.tensor(v, dtype=dtypes.get(k, torch.int64)) for k, v in columns.items()}
+    return Row(**tensors)
 
 
 def is_visible(q, k, branch: Tensor, trunk: Tensor, trunk_end: Tensor):
