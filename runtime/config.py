@@ -207,8 +207,8 @@ PAPER_8K = {
     "eval_temperature": 0.6,
     "eval_questions": 0,
 }
-# The longer run of the authors' repository: twice the budget, rollouts and questions. A step samples
-# up to eight times the tokens, so checkpoints are fewer steps apart.
+# The longer run of the authors' repository: twice the budget, rollouts and questions. A step
+# samples up to eight times the tokens, so checkpoints are fewer steps apart.
 LONGER = {"max_budget": 16000, "num_rollouts": 16, "questions_per_step": 128, "epochs": 3}
 LONGER["save_every"] = 2
 PRESETS = {"miniature": {}, "paper-8k": PAPER_8K, "paper-16k": PAPER_8K | LONGER}
