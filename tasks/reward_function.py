@@ -79,7 +79,7 @@ def reward_source(name: str) -> str:
 
 
 def worker_command(name: str) -> list[str]:
-    # The root instead of the current directory: nothing there may shadow what a worker imports.
+    # At first the root, so that nothing in the current directory shadows what the worker imports.
     root = str(Path(__file__).resolve().parents[1])
     start = f"import sys; sys.path[0] = {root!r}; import tasks.reward_function as f; f.work()"
     return ["-c", start, name]
@@ -87,9 +87,9 @@ def worker_command(name: str) -> list[str]:
 
 def work():
     """A worker process, which answers its parent's lines."""
-    sys.path.insert(0, "")  # the current directory
+    sys.path[0] = ""  # from here on, imports are the user's
     for module in [m for m in sys.modules if m.partition(".")[0] == "tasks"]:
-        del sys.modules[module]  # the user's own package may be called tasks
+        del sys.modules[module]  # a package of the user's may be called tasks
     serve_worker(lambda line: reply_to(line, sys.argv[1]), int(sys.argv[2]))
 
 
