@@ -7,6 +7,7 @@ import pytest
 import train
 from runtime.config import parse
 from tasks.reward_function import RewardFunction, SummaryVerifier, require_reward
+from tests.conftest import ROOT
 
 FUNCTIONS = """
 import os, time
@@ -80,6 +81,15 @@ def test_the_users_modules_may_be_called_like_the_projects_and_like_pythons(func
     require_reward("tasks.verifier:f")
     with RewardFunction("tasks.verifier:f", num_workers=1) as reward:
         assert reward.submit("", None, "").result(timeout=30) == 0.5
+
+
+def test_the_example_of_the_readme(functions):
+    code = (ROOT / "README.md").read_text().split("```python\n# my_reward.py")[1].split("```")[0]
+    (functions / "my_reward.py").write_text("#" + code)
+    with RewardFunction("my_reward:even", num_workers=1) as reward:
+        texts = ["\\boxed{4}", "so \\boxed{4}", "\\boxed{5}", "4"]
+        futures = [reward.submit(text, None, "") for text in texts]
+        assert [future.result(timeout=30) for future in futures] == [1.0, 0.9, 0.0, 0.0]
 
 
 def test_the_math_verifier_reads_the_first_paragraph_only():

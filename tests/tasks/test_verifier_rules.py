@@ -453,8 +453,8 @@ def test_lazy_and_foreign_answers_score_0(verifier, count):
 TOKENS = [
     *"0123456789xyabn+-*/=^_(){}[]<>!,.;:|&% $√²٣",
     *r"\frac{ \sqrt{ \pi \sin \log \cdot \times \pm \le \in \cup \infty \text{ \left(".split(),
-    *r"\right) \begin{pmatrix} \end{pmatrix} \\ \{ \} \boxed{ } } \% ^\circ \sum_{k=1}^ 10^".split(),
-    "\\",
+    *r"\right) \begin{pmatrix} \end{pmatrix} \\ \{ \} \boxed{ } } \% ^\circ 10^".split(),
+    *("\\", r"\sum_{k=1}^"),
 ]
 latex_soup = st.lists(st.sampled_from(TOKENS), max_size=25).map("".join)
 any_text = st.one_of(st.text(max_size=80), latex_soup)
