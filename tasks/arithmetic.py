@@ -1,20 +1,18 @@
-"""The embedded default: a task, a tokenizer and a warm-started base, made here from nothing.
-
-Anytime reasoning needs a policy that thinks well but wastefully. No such model fits on a CPU, so
-this file trains one: a tiny Qwen2 imitates sloppy traces of last-digit arithmetic, in a minute or
-two. Everything else (markers, verifier, packing, loss, loop) is what the 1.5B run uses; only the
-sizes differ.
+"""The task of the default run: last-digit arithmetic, its tokenizer, and a base made on a CPU.
 
     question   2 +2 *7 ?                 evaluate left to right, answer with the last digit
     trace       =2 +2 =4 *7 =3 so 3. wait =2 +2 =4 hmm let me see =4 *7 =8 so 8.</think>
     summary    **Final Answer** \\boxed{8}
 
+Anytime reasoning needs a policy that thinks well but wastefully, and no such model fits on a CPU.
+So this file trains one in a minute or two: a tiny Qwen2 imitates sloppy traces. All other code is
+what the 1.5B run uses; only the sizes differ.
+
 A supervised trace goes over the chain once and states an answer, right or wrong. Then, as reasoning
-models do, it goes over it again: a later pass mostly repeats what stands there, an error too, now
-and then repairs one, and seldom spoils a right result. So being right early predicts being right
-late, which is what BRPO's baseline builds on (a trace that closes with its first answer has no
-later segments to predict). Checking still pays, because of the repairs; rambling costs everywhere.
-Wherever it is cut, a trace knows the last answer that it completed.
+models do, it goes over it again. A later pass mostly repeats what is there, errors included; now
+and then it repairs an error, and it seldom spoils a right result. So being right early predicts
+being right late, which is what BRPO's baseline builds on. Checking pays, because of the repairs;
+rambling never does. Wherever it is cut, a trace knows the last answer that it completed.
 """
 
 import hashlib
@@ -34,26 +32,15 @@ REPAIR_RATE = 0.3  # later passes: how often a wrong step is put right, not repe
 SPOIL_RATE = 0.01  # later passes: share of other results written as a random digit
 RAMBLE_RATE = (0.2, 1.0)  # how often filler follows a result; drawn per trace, uniformly
 AGAIN_RATE = 0.9  # how often another pass follows an answer
-LONGEST = 64  # thinking tokens of a supervised example at most
+LONGEST = 64  # most thinking tokens of a supervised example
 FILLER = [" hmm", " let", " me", " see"]
 
 UNKNOWN, PAD, EOS, THINK, THINK_END = "<|unk|>", "<|pad|>", "<|end|>", "<think>", "</think>"
 CUT, HEADER, BOX = "...\n\n...\n\n", "\n\n**Final Answer**\n", "\\boxed{"
-# Leading spaces belong to the tokens: decoding is plain concatenation, and `\boxed{5}` reaches the
-# verifier unbroken. A result is one token with its `=`, since it did not learn as two.
+# Tokens include their leading space: decoding is plain concatenation, and `\boxed{5}` reaches the
+# verifier unbroken. A result and its `=` are one token: as two, the model did not learn them.
 VOCABULARY = [
-    UNKNOWN,
-    PAD,
-    EOS,
-    THINK,
-    THINK_END,
-    CUT,
-    HEADER,
-    BOX,
-    "}",
-    " ?",
-    " wait",
-    *FILLER,
+    *(UNKNOWN, PAD, EOS, THINK, THINK_END, CUT, HEADER, BOX, "}", " ?", " wait", *FILLER),
     *(str(d) for d in range(10)),
     *(f" ={d}" for d in range(10)),
     *(f" so {d}." for d in range(10)),
@@ -79,13 +66,13 @@ WARM_START = dict(
 
 
 def apply(digit: int, operation: str) -> int:
-    """One step of the task: the last digit of `digit operation`."""
+    """The last digit of `digit operation`."""
     n = int(operation[1:])
     return {"+": digit + n, "-": digit - n, "*": digit * n}[operation[0]] % 10
 
 
 def make_question(rng: random.Random) -> tuple[int, list[str]]:
-    """(first digit, operations), all distinct: each is easy to find again in question and trace."""
+    """(first digit, operations). No operation repeats, so each is easy to find in the trace."""
     return rng.randrange(10), rng.sample(OPERATIONS, rng.randint(MIN_OPERATIONS, MAX_OPERATIONS))
 
 
@@ -100,8 +87,8 @@ def answer(start: int, operations: list[str]) -> int:
 
 
 def make_rows(split: str, count: int) -> list[tuple[str, str]]:
-    """`count` (question, ground_truth) rows; always the same ones, and none in both splits."""
-    # Short questions are few (1320 have two operations): only a checksum keeps the splits apart.
+    """`count` rows (question, ground_truth): always the same, and none in both splits."""
+    # There are few short questions (1320 have two operations): a checksum assigns each to a split.
     rng, rows = random.Random(f"miniature-{split}"), []
     while len(rows) < count:
         question = make_question(rng)
@@ -114,8 +101,7 @@ def make_rows(split: str, count: int) -> list[tuple[str, str]]:
 def one_pass(
     start: int, operations: list[str], before: list[int], ramble: float, rng: random.Random
 ) -> tuple[list[str], list[int]]:
-    """(tokens, digits) of one walk along the chain. `before`: the last pass's digits, [] if
-    none."""
+    """(tokens, digits) of one pass over the chain. `before`: the previous pass's digits, or []."""
     tokens, digits = [f" ={start}"], [start]
     for i, operation in enumerate(operations):
         right = digit = apply(digits[-1], operation)
@@ -141,16 +127,16 @@ def sloppy_trace(start: int, operations: list[str], rng: random.Random) -> list[
 
 
 def known_answer(thinking: list[str]) -> str:
-    """What a trace, cut anywhere, knows: its last completed answer, failing that its last digit."""
+    """What a cut trace knows: its last completed answer or, without one, its last digit."""
     answers = [token[4] for token in thinking if token.startswith(" so ")]
     results = [token[2] for token in thinking if token.startswith(" =")]
     return (answers or results)[-1]
 
 
 def supervised_example(rng: random.Random) -> tuple[list[str], list[bool]]:
-    """(tokens, trained). Half the traces, and all above LONGEST, are cut as the protocol cuts.
+    """(tokens, trained?). Half the traces, and all above LONGEST, are cut as a rollout's are.
 
-    What it appends is not trained on: a policy that imitates cuts closes its traces anywhere.
+    What a cut appends is not trained on: a policy that imitates cuts closes its traces anywhere.
     """
     start, operations = make_question(rng)
     prompt = [str(start), *(f" {operation}" for operation in operations), " ?", THINK]
@@ -166,8 +152,8 @@ def supervised_example(rng: random.Random) -> tuple[list[str], list[bool]]:
 def make_tokenizer():
     """A word-level tokenizer over VOCABULARY with a chat template, as AutoTokenizer loads it.
 
-    Every word is an *added* token, over an empty BPE: AutoTokenizer reads a Qwen2 directory with
-    its own Qwen2 class, which replaces whatever splits the text, but matches added tokens first.
+    Every word is an *added* token, over an empty BPE: for a Qwen2 directory AutoTokenizer takes its
+    Qwen2 class, which splits text in its own way, but matches added tokens first.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -175,21 +161,17 @@ def make_tokenizer():
     core = Tokenizer(models.BPE({UNKNOWN: 0}, [], unk_token=UNKNOWN))
     core.add_tokens([AddedToken(token, normalized=False) for token in VOCABULARY])
     core.decoder = decoders.Fuse()
+    special = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=core, clean_up_tokenization_spaces=False, **special
     )
-    tokenizer.chat_template = (
-        "{{ messages[0]['content'] }}{% if add_generation_prompt %}" + THINK + "{% endif %}"
-    )
+    generation_prompt = "{% if add_generation_prompt %}" + THINK + "{% endif %}"
+    tokenizer.chat_template = "{{ messages[0]['content'] }}" + generation_prompt
     return tokenizer
 
 
 def make_model(**changes):
-    """The tiny Qwen2, weights fresh from torch's generator; `changes` override entries of MODEL."""
+    """The tiny Qwen2 with weights from torch's generator; `changes` override entries of MODEL."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(
@@ -207,23 +189,9 @@ def make_model(**changes):
 
 def base_path(root: Path, seed: int) -> Path:
     """Where the base of this seed is cached, named by a checksum of all settings that shape it."""
-    settings = [
-        VOCABULARY,
-        OPERATIONS,
-        MIN_OPERATIONS,
-        MAX_OPERATIONS,
-        ERROR_RATE,
-        REPAIR_RATE,
-        SPOIL_RATE,
-        RAMBLE_RATE,
-        AGAIN_RATE,
-        LONGEST,
-        MODEL,
-        ROPE_THETA,
-        WARM_START,
-        torch.__version__,
-        seed,
-    ]
+    task = [VOCABULARY, OPERATIONS, MIN_OPERATIONS, MAX_OPERATIONS]
+    traces = [ERROR_RATE, REPAIR_RATE, SPOIL_RATE, RAMBLE_RATE, AGAIN_RATE, LONGEST]
+    settings = [*task, *traces, MODEL, ROPE_THETA, WARM_START, torch.__version__, seed]
     checksum = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     return root / f"miniature-base-{checksum[:12]}"
 
@@ -231,14 +199,16 @@ def base_path(root: Path, seed: int) -> Path:
 def load_or_write_base(root: Path, seed: int) -> Path:
     """The directory of the warm-started base, in Hugging Face layout; trained now if not cached."""
     path = base_path(root, seed)
-    if not (path / "config.json").exists():
-        # An interrupted warm start leaves no base; another run may be making the same one.
+    if not path.exists():
+        # Renamed when complete: an interrupted warm start leaves no base.
         partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
         _write_base(partial, seed)
         try:
             partial.rename(path)
-        except OSError:  # the other run was first
+        except OSError:
             shutil.rmtree(partial)
+            if not path.exists():  # otherwise another run was first
+                raise
     return path
 
 
@@ -253,8 +223,7 @@ def _write_base(path: Path, seed: int):
     torch.manual_seed(seed)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), w["lr"], w["betas"], weight_decay=0.0)
-    bar = trange(w["steps"], desc="warm start", mininterval=1.0)
-    for step in bar:
+    for step in trange(w["steps"], desc="warm start", mininterval=1.0):
         # Linear warm-up, then linear decay to `final_lr` of the peak.
         share = min(1, (step + 1) / w["warmup"]) * (1 - (1 - w["final_lr"]) * step / w["steps"])
         optimizer.param_groups[0]["lr"] = w["lr"] * share
@@ -263,17 +232,13 @@ def _write_base(path: Path, seed: int):
         batch = torch.full((len(examples), width), ids[PAD])
         labels = torch.full((len(examples), width), -100)  # -100: no loss here
         for row, (tokens, trained) in enumerate(examples):
-            batch[row, : len(tokens)] = torch.tensor([ids[t] for t in tokens])
-            labels[row, : len(tokens)] = batch[row, : len(tokens)].where(
-                torch.tensor(trained), -100
-            )
-        loss = model(input_ids=batch, labels=labels).loss
-        loss.backward()
+            tokens = torch.tensor([ids[token] for token in tokens])
+            batch[row, : len(tokens)] = tokens
+            labels[row, : len(tokens)] = tokens.where(torch.tensor(trained), -100)
+        model(input_ids=batch, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), w["clip"])
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
     torch.set_num_threads(threads)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -1,21 +1,22 @@
-r"""Is this answer the ground truth?
+r"""The math verifier: whether an answer equals the ground truth.
 
-A policy finds what its grader wrongly rewards, and strings that never let a grader finish. So rules
-decide or refuse what they can, and math-verify judges the rest in processes that can be killed. In
-this order; the first rule that decides, decides (tests/test_verifier_rules.py has the cases):
+RL finds a grader's false positives, and inputs on which it hangs. So rules accept or refuse what
+they can, and math-verify judges the rest in processes that can be killed. The rules apply in this
+order, and the first that reaches a verdict settles it (tests/tasks/test_verifier_rules.py has the
+cases). This file works when copied alone into an empty folder.
 
 1. A ground truth that is None or blank marks an invalid row: never rewarded, and counted.
 2. The answer is the last balanced \boxed{}; none, blank or oversized is wrong.
 3. Both sides lose what has no meaning: spacing, \left, \dfrac, unicode. Equal text is right.
 4. Plain numbers compare as exact fractions: 2/4 is 1/2. A decimal may be rounded to a relative 1e-6
    of a ground truth that is no integer. p% is p and p/100, because questions ask for either.
-5. `x =` in front is dropped, and only the last value of a chain counts; but 203 = 204 is a hedge.
+5. A leading `x =` is dropped, and only the last value of a chain counts; but 203 = 204 is a hedge.
 6. A unit on one side only is dropped: the question fixes it. Other units are wrong.
 7. Lists compare item by item. A bare list or a {set} has no order ("find all solutions"); (a,b) has
    one, and brackets must agree, since a closed interval is not an open one.
 8. Refused: shapes that take minutes, restated questions (n!, \sum or \log for a number), other
    words or bases, variables that the ground truth lacks, half an equation.
-9. math-verify compares what is left, and its yes must also hold to a relative 1e-6.
+9. math-verify compares the rest, and what it accepts must also agree to a relative 1e-6.
 """
 
 import atexit
@@ -34,9 +35,9 @@ from concurrent.futures import Future
 from fractions import Fraction
 
 MAX_NUMBER_CHARS = 4000  # Python refuses to read integers over 4300 digits
-MAX_ANSWER_CHARS = 400  # no dataset answer is longer, and parsing grows faster than the length
+MAX_ANSWER_CHARS = 400  # no dataset answer is longer, and parsing time grows faster than length
 MAX_DEPTH = 30  # parsers recurse; real answers nest less than ten deep
-MAX_CACHE = 50_000  # remembered verdicts; a rollout repeats the same boxes many times
+MAX_CACHE = 50_000  # remembered verdicts: the summaries of a rollout repeat the same boxes
 TASK_TIMEOUT = 5.0  # seconds for one comparison; ordinary ones take 0.01
 START_TIMEOUT = 300.0  # seconds for a worker's imports, which may load a judge's weights
 WORKER_MEMORY = 2 << 30  # bytes of address space per worker
@@ -51,9 +52,9 @@ _BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Content of the last balanced \boxed{...}, or None. Linear: a text can be all braces."""
+    r"""Content of the last balanced \boxed{...}, or None. Linear time: a text can be all braces."""
     answer = None
-    # \{ and \} are no braces to TeX. If no box closes that way, as in \boxed{204\}, they count.
+    # To TeX, \{ and \} are no braces. If no box closes that way, as in \boxed{204\}, they count.
     for also_braces in ((), (r"\{", r"\}")):
         opened = []
         for match in _BRACE.finditer(text):
@@ -69,26 +70,15 @@ def extract_answer(text: str) -> str | None:
     return answer
 
 
+_COMMANDS = r"\times \cdot \pi \sqrt \infty \le \ge \cup \in \pm".split()
 _UNICODE = str.maketrans(
     {
         **dict(zip("−–—，（）％０１２３４５６７８９", "---,()%0123456789")),
-        **dict.fromkeys("\u200b\ufeff", ""),
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "°": r"^\circ ",
-        "π": r"\pi ",
-        "√": r"\sqrt ",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "∪": r"\cup ",
-        "∈": r"\in ",
-        "±": r"\pm ",
-        "²": "^2",
-        "³": "^3",
+        **dict(zip("×·π√∞≤≥∪∈±", (command + " " for command in _COMMANDS))),
+        **{"°": r"^\circ ", "²": "^2", "³": "^3", "\u200b": "", "\ufeff": ""},
     }
 )
-# In this order, each with an example. END closes a command's name, so that \le leaves \left alone.
+# Applied in this order; most with an example. END ends a command's name: \le leaves \left alone.
 _REWRITES = [
     (re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new)
     for pattern, new in [
@@ -97,10 +87,10 @@ _REWRITES = [
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)END\.?", ""),  # \left(1, 2\right)
         (r"\{,\}(?=\d{3}(?!\d))", ""),  # (1{,}000, 2)
         (r"(?<!\\)\\[,;: ]|~|\\q?quadEND|\s+", " "),  # 5\ \text{cm}
-        (r"\\[dtc]fracEND", r"\\frac"),
-        (r"\\varnothingEND", r"\\emptyset"),  # \dfrac{1}{2}
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),  # x<=5
+        (r"\\[dtc]fracEND", r"\\frac"),  # \dfrac{1}{2}
+        (r"\\varnothingEND", r"\\emptyset"),
+        (r"<=", r"\\le "),  # x<=5
+        (r">=", r"\\ge "),
         (r"\\(?:mbox|text(?:rm|bf|it|normal))(?=\s*\{)", r"\\text"),  # \textbf{(C)}
         (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)END", ","),  # 4 or 6
         (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)", ""),  # The answer is 5
@@ -117,7 +107,7 @@ _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 
 
 def normalise(text: str) -> str:
-    """One spelling for what means the same. Still LaTeX, because math-verify reads it."""
+    """One spelling for all that means the same, still LaTeX: math-verify reads it."""
     text = text.translate(_UNICODE)
     if "\\begin" not in text:  # in a matrix, \\ is a row break
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # elsewhere \\sqrt is \sqrt
@@ -134,7 +124,7 @@ def normalise(text: str) -> str:
 
 
 def _key(text: str) -> str:
-    """Text without formatting. A space between digits stays: 1 1/2 is not 11/2."""
+    """Text without formatting. Spaces between digits stay: 1 1/2 is not 11/2."""
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", _TEXT.sub(r"\1", text))
 
 
@@ -143,7 +133,7 @@ def _depths(text: str) -> list[int]:
 
 
 def _enclosed(text: str, opening: str) -> bool:
-    """Does the first character open a bracket that only the last character closes?"""
+    """Whether the first character opens a bracket that only the last character closes."""
     ends = len(text) > 1 and text[0] in opening and text[-1] in ")]}"
     return ends and 0 not in _depths(text)[:-1]
 
@@ -213,7 +203,7 @@ _NAME = re.compile(
 
 
 def _variables(text: str) -> set[str]:
-    """Bare letters that name something; e and i are numbers."""
+    """Single letters that stand for something unknown; e and i are numbers."""
     text = re.sub(r"\\(?:begin|end|mathbb)\s*\{\w*\}|\\[a-zA-Z]+", " ", _TEXT.sub(" ", text))
     return set(re.findall("[a-zA-Z]", text)) - set("eiE")
 
@@ -235,7 +225,7 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _drop_names(truth: str, box: str) -> tuple[str, str]:
-    """Both sides without `x =`. Where x = 1 meets y = 1, or a value meets x + y = 5, both stay."""
+    """Both sides without `x =`; unchanged for x = 1 against y = 1, or a value against x + y = 5."""
     (truth_name, a), (box_name, b) = _split_name(truth), _split_name(box)
     other_name = truth_name and box_name and truth_name != box_name
     return (truth, box) if other_name or "=" in a or "=" in b else (a, b)
@@ -254,7 +244,7 @@ _UNIT = re.compile(
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""`10\text{ cm}^2` -> (`10`, `cm^2`). One bare letter is a variable (2k, 10m)."""
+    r"""`10\text{ cm}^2` -> (`10`, `cm^2`). A single bare letter is a variable (2k, 10m)."""
     match = _UNIT.search(text)
     if match is None or re.search(r"\b(?:not|if)\b", match[0]):
         return text, ""
@@ -279,18 +269,18 @@ def _items(text: str) -> tuple[str, list[str]]:
     return "", items
 
 
-_CERTAINTY = [False, None, True].index  # max is "one of them", min is "all of them"
+_CERTAINTY = [False, None, True].index  # under it, max means "any of them", min "all of them"
 
 
 def _equal_lists(truth: tuple, box: tuple, compare) -> bool | None:
-    """Rule 7, on two results of `_items`."""
+    """Rule 7, for two results of `_items`."""
     (brackets, truth_items), (box_brackets, box_items) = truth, box
-    # parentheses or braces around a bare list carry no value
+    # around a bare list, parentheses or braces mean nothing
     if brackets != box_brackets and {brackets, box_brackets} not in ({"", "()"}, {"", "{}"}):
         return False
     if max(len(truth_items), len(box_items)) > MAX_ITEMS:
         return False
-    # brackets give an order; so do names on one side only: x = 1, y = 2 against 1, 2
+    # brackets make the order count; so do names on one side only: x = 1, y = 2 against 1, 2
     names = [{_split_name(item)[0] for item in items} for items in (truth_items, box_items)]
     if brackets not in ("", "{}") or (len(names[0]) > 1 and names[1] == {""}):
         verdicts = [_equal(*pair, compare) for pair in zip(truth_items, box_items)]
@@ -324,7 +314,7 @@ _ORDER = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z])")
 
 
 def _words(text: str) -> str:
-    """The letters of an answer in words, else "". One letter A-F is a choice: c or (C) is C."""
+    """The letters of an answer in words, or "". One letter A-F is a choice: c or (C) is C."""
     plain = _TEXT.sub(r" \1 ", text).strip()
     match = re.fullmatch(r"\(?([A-Fa-f])\)?|([A-Za-z][A-Za-z\s.'-]*[A-Za-z.])", plain)
     return re.sub(r"[\s.'-]+", "", match[1] or match[2]).casefold() if match else ""
@@ -336,17 +326,17 @@ def _only_interval(text: str) -> bool:
 
 
 def _refused(truth: str, box: str) -> bool:
-    """Rule 8: shapes that are no answer to this ground truth, or that only cost time."""
+    """Rule 8: shapes that cannot answer this ground truth, or that would only cost time."""
     if _HEAVY.search(box) or _HEAVY.search(truth):
         return True
-    # who asks for 5050 did not ask for \sum k; only a number too long to write out may be 100!
+    # \sum k does not answer where 5050 is asked for; but 100! may stand for its many digits
     restated = _RESTATED.search(box) and not _RESTATED.search(truth) and len(truth) < 30
     if restated or (plain_number(truth) and _FUNCTION.search(box)):
         return True
     stray = _variables(box) - _variables(truth)  # math-verify reads 2A as 2a
     if stray and not (_ORDER.search(box) and _only_interval(truth)):
         return True
-    # a number is no expression, x^2 + y^2 = z^2 is not z^2, 1011_2 not 1011, \text{not } 4 not 4
+    # 4 is not 4x, x^2 + y^2 = z^2 is not z^2, 1011_2 is not 1011, \text{not } 4 is not 4
     words = [
         sorted(word.strip().casefold() for word in _TEXT.findall(side) if word.strip()[1:])
         for side in (truth, box)
@@ -361,7 +351,7 @@ def _refused(truth: str, box: str) -> bool:
 
 
 def _equal(truth: str, box: str, compare=lambda truth, box: None) -> bool | None:
-    """Rules 3 to 9 on normalised text; `compare` is rule 9. None: only math-verify can tell."""
+    """Rules 3 to 9 on normalised text; `compare` is rule 9. None: left to math-verify."""
     if _key(truth) == _key(box):
         return True
     verdict = _same_number(truth, box)
@@ -392,7 +382,7 @@ def _equal(truth: str, box: str, compare=lambda truth, box: None) -> bool | None
 
 
 def _alternatives(ground_truth) -> list[str]:
-    """The normalised texts of a str, int, float, or a list of them. Empty for an invalid row."""
+    """The normalised texts of a str, int, float, or list of these. Empty for an invalid row."""
     if isinstance(ground_truth, (list, tuple)):
         return [text for item in ground_truth for text in _alternatives(item)]
     if isinstance(ground_truth, (int, float)) and abs(ground_truth) < 10**MAX_NUMBER_CHARS:
@@ -404,7 +394,7 @@ def _alternatives(ground_truth) -> list[str]:
 
 
 def is_valid_ground_truth(ground_truth) -> bool:
-    """False for a row that can never be rewarded: blank, no text or number, a list of such."""
+    """False for a row that is never rewarded: blank, neither text nor number, or a list of such."""
     return bool(_alternatives(ground_truth))
 
 
@@ -414,18 +404,15 @@ def _math_verify(truth: str, box: str) -> bool | None:
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, I
 
-    # units=False, or it drops the s of 2s; boxed, or it misreads bare text; the pool keeps the time
-    config = [
-        LatexExtractionConfig(
-            normalization_config=NormalizationConfig(
-                basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
-            )
-        )
-    ]
+    # units=True would drop the s of 2s, and other boxes make it misread bare text
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
+    )
+    config = [LatexExtractionConfig(normalization_config=normalization)]
 
     def read(text):
-        sides = parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
-        # it takes i for a variable, so that e^{i\pi} would not be -1
+        sides = parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)  # the parent keeps time
+        # it reads i as a variable, so that e^{i\pi} would not be -1
         return [
             side.subs({symbol: I for symbol in side.free_symbols if symbol.name == "i"})
             if isinstance(side, Expr)
@@ -445,7 +432,7 @@ def _math_verify(truth: str, box: str) -> bool | None:
 
 
 def _close(truth, box) -> bool:
-    """Equal to a relative 1e-6 at some point: math-verify's decimals make tiny numbers equal."""
+    """Equal to a relative 1e-6 at one point; to math-verify, two tiny numbers are equal."""
     from sympy import Expr, N, Rational
 
     if not (isinstance(truth, Expr) and isinstance(box, Expr)):
@@ -460,23 +447,25 @@ def _close(truth, box) -> bool:
 
 
 # -------------------------------------------------------------------------------------- supervision
-# A string may keep the parser busy for hours, in C, where no exception reaches: only a process can
-# be stopped. multiprocessing would import the parent's main module into each, which under `torchrun
-# train.py` means torch. So workers are this file, run as a script: safe beside threads and CUDA.
+# A string can keep the parser busy for hours, in C code, which no exception interrupts: only a
+# process can be stopped. multiprocessing would import the parent's main module into each, which
+# under `torchrun train.py` means torch. So a worker is this file, run as a script: a fresh process,
+# safe beside threads and CUDA.
 
 
 class Grader:
-    """Processes that answer a line with a line, in the background; a stuck one is killed.
+    """Worker processes that reply to a line with a line, in the background; a stuck one is killed.
 
-    `command`: what follows `python`. The process answers its first line, which is empty, once it is
-    ready; later ones within `timeout` seconds. num_workers (int) threads with a process each, from
-    the first task on. `stats` counts gradings: graded, fast (without a process), and FAILURES.
+    `command`: the arguments of `python`. A worker replies to its first line, which is empty, once
+    it is ready, and to later ones within `timeout` seconds. num_workers (int) threads with a
+    process each start with the first task. `stats` counts gradings: graded, fast (without a
+    process), and FAILURES.
     """
 
     def __init__(self, command: list[str], num_workers: int, timeout: float):
         self.command, self.num_workers, self.timeout = command, num_workers, timeout
         self.stats = dict.fromkeys(("graded", "fast", *FAILURES), 0)
-        self._taken = dict(self.stats)
+        self._reported = dict(self.stats)
         self._reset()
 
     def _reset(self):
@@ -502,42 +491,42 @@ class Grader:
     def take_stats(self) -> dict[str, int]:
         """The counters since the last call: one batch, for the training log."""
         with self._lock:
-            fresh = {name: count - self._taken[name] for name, count in self.stats.items()}
-            self._taken = dict(self.stats)
-        return fresh
+            recent = {name: count - self._reported[name] for name, count in self.stats.items()}
+            self._reported = dict(self.stats)
+        return recent
 
-    def _ask(self, line: str, done):
-        """done(reply) is called from another thread; without a reply: "timeouts" or "deaths"."""
+    def _enqueue(self, line: str, on_reply):
+        """Call on_reply(exchange(line)) later, from another thread."""
         with self._lock:
             if not self._closed:
-                self._tasks.put((line, done))
+                self._tasks.put((line, on_reply))
                 while len(self._threads) < self.num_workers:
                     self._threads.append(threading.Thread(target=self._work, daemon=True))
                     self._threads[-1].start()
                 return
-        done("deaths")
+        on_reply("deaths")
 
     def _work(self):
         process = None
         while (task := self._tasks.get()) is not None:
-            line, done = task
-            if process is None or process.poll() is not None:  # killed from outside while idle
-                process = self._start()
-            done(ask(process, line, self.timeout) if process else "deaths")
+            line, on_reply = task
+            if process is None or process.poll() is not None:  # it may be killed while idle
+                process = self._new_process()
+            on_reply(exchange(process, line, self.timeout) if process else "deaths")
 
-    def _start(self):
+    def _new_process(self) -> subprocess.Popen | None:
         with self._lock:
             if self._closed:
                 return None
-            process = start(self.command)
+            process = start_worker(self.command)
             self._processes = [p for p in self._processes if p.poll() is None] + [process]
-        ask(process, "", START_TIMEOUT)  # outside of the lock, since it may take long
+        exchange(process)  # outside of the lock, since it may take long
         return process
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    """A worker. In its own session, as Ctrl-C is for the parent; with one hash seed, as sympy
-    depends on the order of sets."""
+def start_worker(command: list[str]) -> subprocess.Popen:
+    """A worker process: in a session of its own, because Ctrl-C is meant for the parent; with a
+    fixed hash seed, because sympy depends on the order of sets."""
     return subprocess.Popen(
         [sys.executable, *command, str(os.getpid())],
         stdin=subprocess.PIPE,
@@ -548,9 +537,9 @@ def start(command: list[str]) -> subprocess.Popen:
     )
 
 
-def ask(process: subprocess.Popen, line: str, timeout: float) -> str:
-    """The reply to a line; "timeouts" if the process was killed for being late, "deaths" if it
-    ended otherwise."""
+def exchange(process: subprocess.Popen, line: str = "", timeout: float = START_TIMEOUT) -> str:
+    """A worker's reply to a line; "timeouts" if it was killed for being late, "deaths" if it ended
+    otherwise. The empty line waits until the worker is ready."""
     late = []
     timer = threading.Timer(timeout, lambda: (late.append(True), process.kill()))
     timer.start()
@@ -561,7 +550,7 @@ def ask(process: subprocess.Popen, line: str, timeout: float) -> str:
     except OSError:  # its end of the pipe is closed
         reply = ""
     timer.cancel()
-    timer.join()  # a timer that has already fired kills this process, not the next one
+    timer.join()  # if it has fired, it kills this process, not the next one
     if reply and not late:
         return reply
     process.kill()
@@ -569,16 +558,16 @@ def ask(process: subprocess.Popen, line: str, timeout: float) -> str:
     return "timeouts" if late else "deaths"
 
 
-def serve(answer, parent: int):
-    """The worker's side: a line comes, answer(line) goes, until the parent is gone."""
+def serve_worker(reply_to, parent: int):
+    """The worker's side: write reply_to(line) for every line, and end with the parent process."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
     if os.getppid() != parent:  # it ended before that call
         sys.exit()
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no reply
     for line in sys.stdin:
-        replies.write(answer(line.strip()) + "\n")
+        replies.write(reply_to(line.strip()) + "\n")
 
 
 class Verifier(Grader):
@@ -602,9 +591,9 @@ class Verifier(Grader):
     def submit(self, summary: str, ground_truth, question: str = "") -> Future:
         """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list.
 
-        The question is not read: it is there so that all graders are called alike.
+        The question is not read; all graders take the same arguments.
         """
-        if self._pid != os.getpid():  # a forked child must not talk into its parent's pipes
+        if self._pid != os.getpid():  # a forked child must not write into its parent's pipes
             self._reset()
         box = extract_answer(summary) if isinstance(summary, str) else None
         box = normalise(box) if box and len(box) <= MAX_NUMBER_CHARS else ""
@@ -623,7 +612,7 @@ class Verifier(Grader):
             if verdict:
                 self._settle(key, verdict, fast=True)
             else:
-                self._ask(json.dumps(key), lambda reply: self._settle(key, reply))
+                self._enqueue(json.dumps(key), lambda reply: self._settle(key, reply))
         return future
 
     def score(self, pairs) -> list[float]:
@@ -647,7 +636,7 @@ class Verifier(Grader):
 
 
 def failure_share(stats: dict) -> float:
-    """Share of the gradings that scored 0 for another reason than a wrong answer."""
+    """Share of gradings that scored 0 for another reason than a wrong answer."""
     return sum(stats[name] for name in FAILURES) / max(stats["graded"], 1)
 
 
@@ -655,7 +644,7 @@ _shared, _shared_lock = None, threading.Lock()
 
 
 def is_correct(summary: str, ground_truth) -> bool:
-    """Is the summary's last box the ground truth? From any thread, in bounded time, no error."""
+    """Whether the last box is the ground truth. Thread-safe; bounded time; never an error."""
     global _shared
     with _shared_lock:
         if _shared is None:
@@ -665,7 +654,7 @@ def is_correct(summary: str, ground_truth) -> bool:
 
 
 def _verdict(truths, box: str, *compare) -> str | None:
-    """A word for the best of the alternatives; None if it is left open."""
+    """The verdict on the best of the alternatives, in a word; None: left to math-verify."""
     if not truths:
         return "invalid_ground_truths"
     best = max((_equal(truth, box, *compare) for truth in truths), key=_CERTAINTY) if box else False
@@ -673,23 +662,23 @@ def _verdict(truths, box: str, *compare) -> str | None:
 
 
 def _grade(line: str, timeout: float) -> str:
-    """One pair in a worker. Returns a word: printing or pickling a parsed object can hang."""
+    """One pair's verdict, in a worker. A word: printing or pickling a parsed object can hang."""
     if not line:
         return "ready"
-    # the parent keeps the time; should it be gone, the kernel ends even a worker stuck in C
+    # the parent keeps time; if it is gone, the kernel ends even a worker stuck in C code
     signal.alarm(int(timeout) + 3)
     try:
         return _verdict(*json.loads(line), _math_verify) or "unparsable_ground_truths"
     except MemoryError:
-        os._exit(1)  # a death: this worker is full, a fresh one is not
-    except BaseException:  # math-verify's own TimeoutException is no Exception
+        os._exit(1)  # a death: a fresh worker has memory again
+    except BaseException:  # math-verify's TimeoutException is not an Exception
         return "exceptions"
     finally:
         signal.alarm(0)
 
 
 def _limit_worker():
-    import resource  # not on Windows, where a worker cannot run but the rules can
+    import resource  # absent on Windows, where workers cannot run but the rules can
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
@@ -698,7 +687,7 @@ def _limit_worker():
 
 
 if __name__ == "__main__":
-    import math_verify  # noqa: F401    now, not within the first task's time
+    import math_verify  # noqa: F401    now, not during the first task
 
     _limit_worker()
-    serve(lambda line: _grade(line, float(sys.argv[1])), int(sys.argv[2]))
+    serve_worker(lambda line: _grade(line, float(sys.argv[1])), int(sys.argv[2]))

@@ -1,4 +1,6 @@
 import random
+import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -9,7 +11,9 @@ from tasks.arithmetic import (
     CUT,
     EOS,
     HEADER,
+    THINK,
     THINK_END,
+    VOCABULARY,
     answer,
     known_answer,
     make_question,
@@ -31,13 +35,14 @@ def test_the_task_by_hand():
 def test_rows_repeat_and_splits_are_disjoint():
     train, test = make_rows("train", 2048), make_rows("test", 512)
     assert train[:10] == make_rows("train", 10)
+    assert train[0] == ("6 +5 *7 -5 +4 ?", "6")  # published figures are of these rows
     assert not {q for q, _ in train} & {q for q, _ in test}
 
 
 def test_tokenizer_round_trip_every_word_one_token(tiny_model_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)  # as a user would load it
-    ids = [tokenizer.encode(word, add_special_tokens=False) for word in arithmetic.VOCABULARY]
-    assert ids == [[i] for i in range(len(arithmetic.VOCABULARY))]
+    ids = [tokenizer.encode(word, add_special_tokens=False) for word in VOCABULARY]
+    assert ids == [[i] for i in range(len(VOCABULARY))]
     text = f"2 +2 *7 ?<think> =2 +2 =4 *7 =8 so 8. wait =2{CUT}{THINK_END}{HEADER}{BOX}8}}<|end|>"
     assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) == 20
     assert is_correct(f"{HEADER}{BOX}5}}", "5") and not is_correct(f"{HEADER}{BOX}6}}", "5")
@@ -57,7 +62,7 @@ def test_a_trace_without_sloppiness_is_terse_and_right(monkeypatch):
 @pytest.mark.parametrize(
     "rates, expected",
     [
-        # 2 +2 is 4, but the last pass said 5. Repeated, the error stands; repaired, the rest is
+        # 2 +2 is 4, but the last pass said 5. A repeated error stands; after a repair, the rest is
         # redone.
         (dict(REPAIR_RATE=0.0, SPOIL_RATE=0.0), " =2 +2 =5 *7 =5 so 5."),
         (dict(REPAIR_RATE=1.0, SPOIL_RATE=0.0), " =2 +2 =4 *7 =8 so 8."),
@@ -89,22 +94,9 @@ def test_right_early_is_right_late_and_later_passes_repair_more_than_they_spoil(
 
 
 def test_a_cut_trace_knows_its_last_completed_answer():
-    trace = [
-        " =2",
-        " +2",
-        " =5",
-        " *7",
-        " =5",
-        " so 5.",
-        " wait",
-        " =2",
-        " +2",
-        " =4",
-        " *7",
-        " =8",
-        " so 8.",
-        THINK_END,
-    ]
+    trace = " =2 +2 =5 *7 =5 so 5. wait =2 +2 =4 *7 =8 so 8.</think>"
+    trace = re.findall(r" so \d\.| [^\s<]+|</think>", trace)
+    assert set(trace) <= set(VOCABULARY) and len(trace) == 14
     known = [known_answer(trace[:n]) for n in (1, 3, 5, 6, 12, 13, 14)]
     assert known == ["2", "5", "5", "5", "5", "8", "8"]
 
@@ -113,7 +105,7 @@ def test_supervised_examples_follow_the_protocol_and_fit_the_budget():
     rng, cut, long = random.Random(1), 0, 0
     for _ in range(500):
         tokens, trained = supervised_example(rng)
-        thinking = tokens[tokens.index(arithmetic.THINK) + 1 : tokens.index(HEADER)]
+        thinking = tokens[tokens.index(THINK) + 1 : tokens.index(HEADER)]
         assert tokens.count(THINK_END) == 1 and tokens[-1] == EOS
         assert tokens[tokens.index(BOX) + 1] == known_answer(thinking)
         # Trained: the trace with its own </think>, and the summary; not what the protocol appends.
@@ -137,4 +129,8 @@ def test_the_base_is_cached_and_rebuilt_when_a_setting_changes(tmp_path, monkeyp
     assert arithmetic.load_or_write_base(tmp_path, 1) != path
     monkeypatch.setitem(arithmetic.WARM_START, "lr", 1e-3)
     assert arithmetic.base_path(tmp_path, 0) != path
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError))
+    with pytest.raises(PermissionError):  # only another run's base excuses a failed rename
+        arithmetic.load_or_write_base(tmp_path, 0)
+    assert not list(tmp_path.glob("*.partial"))
     assert AutoModelForCausalLM.from_pretrained(path).config.model_type == "qwen2"
