@@ -23,9 +23,8 @@ from runtime.curves import curve_of, fingerprint, read_records, record, write_re
 from runtime.engines import make_engine
 from runtime.plots import labels_of, write_results
 from runtime.rundir import digest
-from runtime.startup import Opened, prepare_evaluation
+from runtime.startup import Opened, make_verifier, prepare_evaluation
 from runtime.watch import ask
-from tasks.reward_function import make_verifier
 
 EVALUATION = 2**31  # where a random key has the training step, so that evaluations draw alike
 TRACES_PER_CHUNK = 2048  # per process, between two writes of the records

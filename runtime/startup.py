@@ -7,6 +7,7 @@ makes engine, model and optimizer at the step to start from.
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from rewards import answer_paragraph
 from rollout import Markers, make_grader
 from runtime import checkpoint, distributed, rundir
 from runtime.config import Config, Evaluation, batch_arithmetic, check
@@ -22,7 +24,8 @@ from runtime.engines import make_engine, require_engine
 from runtime.metrics import Logger, require_logger
 from runtime.models import check_attention, model_digest, open_tokenizer
 from tasks import arithmetic
-from tasks.reward_function import make_verifier, require_reward, reward_source
+from tasks.reward_function import RewardFunction, require_reward, reward_source
+from tasks.verifier import Verifier
 
 
 @dataclass(kw_only=True)
@@ -142,6 +145,20 @@ def prepare(c: Config) -> Run:
             "data": {name: digest_of(questions) for name, questions in opened.sets.items()},
         },
     )
+
+
+class SummaryVerifier(Verifier):
+    """The math verifier, on the part of a summary that counts: its first paragraph."""
+
+    def submit(self, summary: str, ground_truth, question: str = "") -> Future:
+        return super().submit(answer_paragraph(summary), ground_truth)
+
+
+def make_verifier(c: Config) -> SummaryVerifier | RewardFunction:
+    """The grader that the flag --reward names."""
+    if c.reward == "math":
+        return SummaryVerifier(c.verifier_workers)
+    return RewardFunction(c.reward, c.verifier_workers, c.reward_timeout)
 
 
 def identity_of(c: Config, questions: list) -> dict:

@@ -1,4 +1,4 @@
-"""What grades a summary: the math verifier, or --reward module:function, your own
+"""A reward function of your own in the math verifier's place: --reward module:function
 
     def function(summary: str, ground_truth, question: str) -> float:       # in [0, 1]
 
@@ -15,15 +15,7 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-from tasks.verifier import FAILURES, Grader, Verifier, exchange, serve_worker, start_worker
-
-
-class SummaryVerifier(Verifier):
-    def submit(self, summary: str, ground_truth, question: str = "") -> Future:
-        """Grade the part of a summary that counts: its first paragraph."""
-        from rewards import answer_paragraph  # here: workers import this file, but not torch
-
-        return super().submit(answer_paragraph(summary), ground_truth)
+from tasks.verifier import FAILURES, Grader, exchange, serve_worker, start_worker
 
 
 class RewardFunction(Grader):
@@ -50,13 +42,6 @@ class RewardFunction(Grader):
                     print(f"WARNING {self.flag}: {score}; such summaries score 0", file=sys.stderr)
                 score = 0.0
         future.set_result(score)
-
-
-def make_verifier(c):
-    """The grader that the flag --reward names."""
-    if c.reward == "math":
-        return SummaryVerifier(c.verifier_workers)
-    return RewardFunction(c.reward, c.verifier_workers, c.reward_timeout)
 
 
 def require_reward(name: str):

@@ -6,7 +6,8 @@ import pytest
 
 import train
 from runtime.config import parse
-from tasks.reward_function import RewardFunction, SummaryVerifier, require_reward
+from runtime.startup import SummaryVerifier
+from tasks.reward_function import RewardFunction, require_reward
 from tests.conftest import ROOT
 
 FUNCTIONS = """
