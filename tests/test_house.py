@@ -22,9 +22,6 @@ METHOD = ("budgets", "rewards", "brpo", "packing")
 LAYERS = [set(METHOD), {"rollout", "tasks"}, {"runtime"}, {"evaluate"}, {"train"}]
 
 
-MOST_ARROWS = 90
-
-
 def sources() -> list[Path]:
     """Every module of the project that is not a script or a test."""
     return sorted([*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("runtime/*.py")])
@@ -67,13 +64,21 @@ def run_python(code: str, folder):
 
 def test_imports_point_down_and_never_in_a_circle():
     arrows = {name_of(p): imports_of_ours(p) for p in sources()}
-    upwards = [(a, b) for a, targets in arrows.items() for b in targets if layer(a) < layer(b)]
-    assert upwards == [] and sum(map(len, arrows.values())) <= MOST_ARROWS
+    assert [(a, b) for a, targets in arrows.items() for b in targets if layer(a) < layer(b)] == []
     done: set[str] = set()
     while len(done) < len(arrows):
         ready = {m for m, targets in arrows.items() if m not in done and targets <= done}
         assert ready, f"modules import each other: {sorted(set(arrows) - done)}"
         done |= ready
+
+
+def test_few_arrows_are_seen_from_the_top_level():
+    """The seven files and the two packages: who imports whom."""
+    arrows = set()
+    for path in sources():
+        here = name_of(path).split(".")[0]
+        arrows |= {(here, other.split(".")[0]) for other in imports_of_ours(path)} - {(here, here)}
+    assert len(arrows) <= 16, sorted(arrows)
 
 
 def table_rows() -> list[tuple[str, str, str]]:
@@ -218,15 +223,6 @@ def test_an_example_of_the_readme_runs_beside_the_copied_files(modules, tmp_path
 
 def example(name: str) -> str:
     return README.split(f"<!-- example: {name} -->\n```python\n")[1].split("```")[0]
-
-
-def test_the_reward_function_of_the_readme():
-    names: dict = {}
-    exec(README.split("```python\n# my_reward.py")[1].split("```")[0].partition("\n")[2], names)
-    scores = [
-        names["even"](s, None, "?") for s in ("so \\boxed{8}.", "\\boxed{7}", "8", "\\boxed{")
-    ]
-    assert scores == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_every_metric_is_in_the_glossary():

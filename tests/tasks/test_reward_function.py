@@ -90,7 +90,7 @@ def test_the_example_of_the_readme(functions):
     with RewardFunction("my_reward:even", num_workers=1) as reward:
         texts = ["\\boxed{4}", "so \\boxed{4}", "\\boxed{5}", "4"]
         futures = [reward.submit(text, None, "") for text in texts]
-        assert [future.result(timeout=30) for future in futures] == [1.0, 0.9, 0.0, 0.0]
+        assert [future.result(timeout=30) for future in futures] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_the_math_verifier_reads_the_first_paragraph_only():
