@@ -58,23 +58,19 @@ def make_engine(
 
 
 class PlainEngine:
-    """Batched sampling with a KV cache, on its own copy of the model, in `dtype` on `device`."""
+    """Batched sampling with a KV cache, on its own copy of the model, in `dtype` on `device`.
 
-    def __init__(
-        self,
-        model_path: str,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        max_batch: int = 1024,
-        max_batch_tokens: int = 2**17,
-    ):
-        """`max_batch_tokens`: of one batch, every sequence at its longest; bounds the KV cache
-        (2**17 tokens of a 1.5B Qwen2 in bfloat16: 3.8 GB, twice that while it is copied).
+    ValueError when the model's weights cannot be loaded.
+    """
 
-        ValueError when the model's weights cannot be loaded.
-        """
+    max_batch = 1024  # requests
+    # Of a batch, every sequence at its longest. It bounds the KV cache (of a 1.5B Qwen2 in
+    # bfloat16: 3.8 GB, twice that while it is copied).
+    max_batch_tokens = 2**17
+
+    def __init__(self, model_path: str, device="cpu", dtype: torch.dtype = torch.float32):
         self.model = load_model(model_path, dtype, "sdpa").to(device).eval().requires_grad_(False)
-        self.device, self.max_batch, self.max_batch_tokens = device, max_batch, max_batch_tokens
+        self.device = device
         self.waiting: list[Request] = []
         self.running: list[Iterator[list[Output]]] = []  # unfinished batches, if one_token_steps
         self.one_token_steps = False  # for callers that stream: one token of each batch per step()

@@ -9,6 +9,7 @@ from urllib.request import getproxies
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from tasks import arithmetic
@@ -17,7 +18,7 @@ TRIED = ("qwen2", "qwen3", "llama")  # model families whose trees are tested
 
 
 def open_tokenizer(model: str, train: bool = True):
-    """(tokenizer, end-of-text ids of the generation config, context in tokens), without weights.
+    """(tokenizer, end-of-text ids of the generation config, context in tokens).
 
     ValueError when the model cannot be read, or `check_model` refuses it.
     """
@@ -114,11 +115,9 @@ def model_digest(model: str) -> str:
 def skip_unreachable_hub():
     """Use local files alone where the hub cannot be reached: found out here in seconds; the hub's
     client retries every file for minutes."""
-    from huggingface_hub import constants
-
-    address = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or {"https", "all"} & set(getproxies()):
         return
+    address = urlsplit(constants.ENDPOINT)
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname, port), timeout=5).close()
@@ -128,4 +127,5 @@ def skip_unreachable_hub():
 
 def first_line(e: Exception) -> str:
     """The first line of a library's error, which may go on for paragraphs."""
-    return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ''}"
+    line = str(e).strip().split("\n")[0]
+    return f"{type(e).__name__}: {line[:160]}"
