@@ -116,7 +116,8 @@ def main(args: list[str] | None = None):
         for model, o in opened.items():
             # For each model anew: a vLLM engine ends the group of processes when it closes.
             device = distributed.start()
-            engine = make_engine(c.engine, model, device, o.longest, kv_cache_gb=c.kv_cache_gb)
+            with distributed.exit_on_bad_input():  # damaged weights are found only now
+                engine = make_engine(c.engine, model, device, o.longest, kv_cache_gb=c.kv_cache_gb)
             o.grade = make_grader(verifier, o.tokenizer, o.markers)
             if a.ask:
                 if distributed.rank() == 0:

@@ -39,7 +39,6 @@ class Request:
     seed: int
     temperature: float
     stream: bool = False  # report tokens as they come, if the engine can
-    follows: str = ""  # the streamed request that `prompt` begins with, prompt and tokens
 
 
 @dataclass
@@ -215,7 +214,6 @@ def summary_request(r: Rollout, s: Summary, sampling: Sampling, markers: Markers
         stop=markers.eos,
         seed=request_seed(*sampling.seed, r.question.index, r.sample, s.budget_index, s.draw),
         temperature=sampling.temperature,
-        follows=r.id,
     )
 
 

@@ -1,8 +1,8 @@
-"""Where do questions come from?
+"""Questions with their ground truths, and the questions of each step.
 
-A row is a question with its ground truth. Rows are read from a local .json, .jsonl or .parquet
-file, from a named set on the Hugging Face hub, or made by the miniature; checked one by one; and
-turned into prompts by the model's own tokenizer. Their order is a function of (seed, step) alone.
+Rows come from a local .json, .jsonl or .parquet file, from a named set on the Hugging Face hub, or
+from the miniature. They are checked one by one and turned into prompts by the model's own
+tokenizer. Their order is a function of (seed, step) alone.
 """
 
 import hashlib
@@ -21,24 +21,16 @@ from runtime.models import first_line, skip_unreachable_hub
 from tasks import arithmetic
 from tasks.verifier import is_valid_ground_truth
 
-# name -> (hub dataset repository, file, question field, answer field)
-NAMED_SETS = {
-    "deepscaler": (
-        "agentica-org/DeepScaleR-Preview-Dataset",
-        "deepscaler.json",
-        "problem",
-        "answer",
-    ),
-}
+# name -> (hub dataset repository, file)
+NAMED_SETS = {"deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json")}
 # The five files that the paper's numbers are on, from its authors' repository at one commit, with
 # their SHA-256; "paper" stands for all five. Minerva lists several accepted answers for 75 of its
 # 272 questions there, and OlympiadBench has 675 rows.
 #
 # An answer is right if it verifies against any one of the listed ground truths, each tried alone.
 # For 6 Minerva questions the two listed answers do not verify against each other: four differ in
-# value (0.01 and 0.02; 6630.65 and 6630; 3.53 and 3.52 × 10^2; a solution with and without its
-# homogeneous part), two in form alone (t/m and (1/m)t; c/√2 and (1/√2)c). All stay: the makers of
-# the set accept either, and so does the authors' code.
+# value (0.01 and 0.02), two in form alone (t/m and (1/m)t). All stay: the makers of the set accept
+# either, and so does the authors' code.
 PAPER_SETS_URL = (
     "https://raw.githubusercontent.com/sail-sg/AnytimeReasoner/"
     "80cf3299c59bbe8670f485e446efbe80220467f2/anytime_reasoner/data/test/"
@@ -70,122 +62,111 @@ def load_rows(
 ) -> tuple[list[tuple[str, object]], int]:
     """(question, ground_truth) rows of a file, a named set or the miniature's `split`, and a count.
 
-    The count is of rows dropped for a ground truth of None or blank: no answer could ever score.
-    A reward function of the user's own may do without (need_ground_truth False): all are kept.
+    The count is of rows dropped because their ground truth is None or blank: no answer could ever
+    score. A user's own reward function may not need one (need_ground_truth False): all are kept.
     ValueError names the file, the row and the fix.
     """
     if source == "miniature":
         return arithmetic.make_rows(split, MINIATURE_ROWS[split]), 0
-    if source in PAPER_SETS:
-        path, question_field, answer_field = fetch_paper_set(source), "problem", "answer"
-    elif source in NAMED_SETS:
-        path, question_field, answer_field = _download(source)
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(
-                f"{source} is neither a file nor one of the named sets "
-                f"({', '.join([*NAMED_SETS, 'paper', *PAPER_SETS])})"
-            )
+    path = Path(source)
+    if source in NAMED_SETS or source in PAPER_SETS:
+        path = _download(*NAMED_SETS[source]) if source in NAMED_SETS else fetch_paper_set(source)
+        question_field, answer_field = "problem", "answer"
+    elif not path.is_file():
+        names = ", ".join([*NAMED_SETS, "paper", *PAPER_SETS])
+        raise ValueError(f"{source} is neither a file nor one of the named sets ({names})")
     rows, dropped = [], 0
     for where, record in _records(path):
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, {where}: expected an object with {question_field!r} and "
-                f"{answer_field!r}, got {str(record)[:60]!r}"
-            )
-        for name in (question_field, answer_field)[: 1 + need_ground_truth]:
-            if name not in record:
-                raise ValueError(
-                    f"{path}, {where}: no field {name!r} (it has "
-                    f"{', '.join(record)}): name the right ones with --question-field "
-                    "and --answer-field"
-                )
-        question, truth = record[question_field], record.get(answer_field)
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(
-                f"{path}, {where}: {question_field!r} is not a text: {str(question)[:60]!r}"
-            )
-        truth = truth.tolist() if isinstance(truth, np.ndarray) else truth
-        truth = format(truth, "f") if isinstance(truth, Decimal) else truth  # parquet's decimals
         try:
-            f"{question}{truth}".encode()
-        except UnicodeEncodeError:  # JSON can say \ud800, which no tokenizer takes
-            raise ValueError(
-                f"{path}, {where}: half of a surrogate pair (\\ud800 to \\udfff) is "
-                "no text: write the whole character"
-            ) from None
-        # To Python a bool is a number, to a grader true is not 1.
-        gradable = not isinstance(truth, bool) and is_valid_ground_truth(truth)
-        if gradable or not need_ground_truth:
-            rows.append((question, truth))
-        else:
+            question, truth = _row(record, question_field, answer_field, need_ground_truth)
+        except ValueError as e:
+            raise ValueError(f"{path}, {where}: {e}") from None
+        # To Python a bool is a number, but to a grader true is not 1.
+        if need_ground_truth and (isinstance(truth, bool) or not is_valid_ground_truth(truth)):
             dropped += 1
+        else:
+            rows.append((question, truth))
     if not rows:
         raise ValueError(f"{path} holds no usable row: it is empty, or every ground truth is blank")
     return rows, dropped
 
 
+def _row(record, question_field: str, answer_field: str, need_ground_truth: bool):
+    """(question, ground_truth) of a record; ValueError says what is wrong with it."""
+    fields = (question_field, answer_field)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with {fields}, got {str(record)[:60]!r}")
+    for name in fields[: 1 + need_ground_truth]:
+        if name not in record:
+            fix = "name the right fields with --question-field and --answer-field"
+            raise ValueError(f"no field {name!r} (it has {', '.join(record)}): {fix}")
+    question, truth = record[question_field], record.get(answer_field)
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{question_field!r} is not a text: {str(question)[:60]!r}")
+    truth = truth.tolist() if isinstance(truth, np.ndarray) else truth
+    truth = format(truth, "f") if isinstance(truth, Decimal) else truth  # parquet's decimals
+    try:
+        f"{question}{truth}".encode()
+    except UnicodeEncodeError:  # JSON can say \ud800, which no tokenizer takes
+        problem = "half of a surrogate pair (\\ud800 to \\udfff): write the whole character"
+        raise ValueError(problem) from None
+    return question, truth
+
+
 def _records(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, record) pairs; `where` is a .jsonl's line or another format's row, from 1."""
+    """(where, record) pairs; `where` is the line of a .jsonl file, otherwise the row, from 1."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(_text(path).split("\n"), 1):
-            if line.strip():
-                yield f"line {number}", _parse(line.strip(), path, number)
-    elif path.suffix == ".json":
-        records = _parse(_text(path), path, 1)
+        lines = enumerate(_text(path).split("\n"), 1)
+        yield from ((f"line {n}", _parse(line, path, n)) for n, line in lines if line.strip())
+        return
+    if path.suffix == ".json":
+        records = _parse(_text(path), path)
         if not isinstance(records, list):
-            raise ValueError(
-                f"{path}, line 1: expected a list of objects; for one object a line, "
-                "name the file .jsonl"
-            )
-        yield from ((f"row {i}", record) for i, record in enumerate(records, 1))
+            fix = "for one object a line, name the file .jsonl"
+            raise ValueError(f"{path}, line 1: expected a list of objects; {fix}")
     elif path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(
-                f"{path}: reading parquet needs pyarrow: pip install pyarrow"
-            ) from None
-        try:
-            records = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as e:  # pyarrow's errors are both
-            raise ValueError(f"{path} is no readable parquet file ({first_line(e)})") from None
-        yield from ((f"row {i}", record) for i, record in enumerate(records, 1))
+        records = _parquet(path)
     else:
         raise ValueError(f"{path}: unknown kind {path.suffix!r}: use .json, .jsonl or .parquet")
+    yield from ((f"row {i}", record) for i, record in enumerate(records, 1))
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not in UTF-8 (byte {e.start}): save it as UTF-8") from None
 
 
-def _parse(text: str, path: Path, number: int):
+def _parse(text: str, path: Path, line: int = 1):
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {number + e.lineno - 1}: not JSON ({e.msg})") from None
+        raise ValueError(f"{path}, line {line + e.lineno - 1}: not JSON ({e.msg})") from None
     except (ValueError, RecursionError) as e:  # numbers of thousands of digits, deep nesting
-        raise ValueError(
-            f"{path}, from line {number} on: cannot be read as JSON ({first_line(e)})"
-        ) from None
+        raise ValueError(f"{path}, from line {line}: unreadable JSON ({first_line(e)})") from None
 
 
-def _download(name: str) -> tuple[Path, str, str]:
+def _parquet(path: Path) -> list[dict]:
+    try:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except ImportError:
+        raise ValueError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
+    except (OSError, ValueError) as e:  # pyarrow's errors are both
+        raise ValueError(f"{path} is no readable parquet file ({first_line(e)})") from None
+
+
+def _download(repo: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    repo, file, question_field, answer_field = NAMED_SETS[name]
     skip_unreachable_hub()
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset")), question_field, answer_field
+        return Path(hf_hub_download(repo, file, repo_type="dataset"))
     except Exception as e:  # offline, renamed, gated: whatever the hub's client raises
-        raise ValueError(
-            f"cannot fetch {file} of {repo} from the hub ({first_line(e)}): "
-            "check the network, or download it and pass the file's path"
-        ) from e
+        fix = "check the network, or download it and pass the file's path"
+        raise ValueError(f"cannot fetch {file} of {repo} ({first_line(e)}): {fix}") from e
 
 
 def set_names(names: tuple[str, ...]) -> list[str]:
@@ -194,38 +175,28 @@ def set_names(names: tuple[str, ...]) -> list[str]:
 
 
 def fetch_paper_set(name: str) -> Path:
-    """One of the authors' files, from the cache or their repository, checked by its hash.
+    """One of the authors' files, from the cache or their repository, checked by its SHA-256.
 
     Cached in $XDG_CACHE_HOME/anytime-reasoner (~/.cache without it): a file put there by hand will
     do on a machine without network.
     """
-    file, expected = name.removeprefix("paper/") + ".json", PAPER_SETS[name]
+    file = name.removeprefix("paper/") + ".json"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anytime-reasoner"
-    path = cache / file
+    url, path = PAPER_SETS_URL + file, cache / file
     if not path.exists():
         try:
-            with urllib.request.urlopen(PAPER_SETS_URL + file, timeout=10) as answer:
+            with urllib.request.urlopen(url, timeout=10) as answer:
                 content = answer.read()
         except OSError as e:  # no network, a server's error, a timeout
-            raise ValueError(
-                f"cannot fetch {PAPER_SETS_URL}{file} ({e}): check the network, or "
-                f"put the file at {path}"
-            ) from e
+            fix = f"check the network, or put the file at {path}"
+            raise ValueError(f"cannot fetch {url} ({e}): {fix}") from e
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")  # processes may fetch side by side
         partial.write_bytes(content)
         partial.replace(path)
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
-        raise ValueError(
-            f"{path} is not the file of the paper's numbers (SHA-256 {found[:12]}, "
-            f"not {expected[:12]}): delete it to fetch it again"
-        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != PAPER_SETS[name]:
+        raise ValueError(f"{path} is not the file of the paper's numbers: delete it to fetch it")
     return path
-
-
-def digest_of(questions: list[Question]) -> str:
-    rows = [[q.text, q.ground_truth, q.prompt] for q in questions]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def chat_options(pairs: tuple[str, ...]) -> dict:
@@ -242,80 +213,52 @@ def chat_options(pairs: tuple[str, ...]) -> dict:
     return options
 
 
-def make_questions(
-    rows: list[tuple[str, object]],
-    tokenizer,
-    template: str,
-    max_prompt_tokens: int,
-    system_prompt: str = "",
-    chat_template_args: tuple[str, ...] = (),
-) -> tuple[list[Question], int]:
+def make_questions(rows: list[tuple], tokenizer, c: Config) -> tuple[list[Question], int]:
     """Apply the prompt template and the model's chat template; drop overlong prompts.
 
     Returns the questions and how many were dropped. An R1-style chat template opens the thinking
     itself (`<think>`).
     """
-    if "{question}" not in template:
-        raise ValueError(
-            f"--prompt-template {template!r} has no {{question}} in it: all prompts "
-            "would be the same"
-        )
-    questions, dropped, options = [], 0, chat_options(chat_template_args)
-    system = [{"role": "system", "content": system_prompt}] * bool(system_prompt)
+    if "{question}" not in c.prompt_template:
+        problem = f"--prompt-template {c.prompt_template!r} has no {{question}} in it"
+        raise ValueError(f"{problem}: all prompts would be the same")
+    questions, dropped, options = [], 0, chat_options(c.chat_template_args)
+    system = [{"role": "system", "content": c.system_prompt}] * bool(c.system_prompt)
     for text, truth in rows:
         # Not str.format: questions and templates are full of braces of their own.
-        message = [*system, {"role": "user", "content": template.replace("{question}", text)}]
+        user = {"role": "user", "content": c.prompt_template.replace("{question}", text)}
         try:
             rendered = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=False, **options
+                [*system, user], add_generation_prompt=True, tokenize=False, **options
             )
         except Exception as e:  # jinja's own, or none at all
-            raise ValueError(
-                f"the chat template of {tokenizer.name_or_path} does not work "
-                f"({first_line(e)}): repair or add it"
-            ) from None
+            problem = f"the chat template of {tokenizer.name_or_path} does not work"
+            raise ValueError(f"{problem} ({first_line(e)}): repair or add it") from None
         if rendered.rstrip().endswith("</think>"):
-            raise ValueError(
-                "the chat template closes the thinking before it begins: switch it on "
-                "(Qwen3: --chat-template-args enable_thinking=true)"
-            )
+            fix = "switch it on (Qwen3: --chat-template-args enable_thinking=true)"
+            raise ValueError(f"the chat template closes the thinking before it begins: {fix}")
         prompt = tuple(tokenizer.encode(rendered, add_special_tokens=False))
-        if len(prompt) <= max_prompt_tokens:
+        if len(prompt) <= c.max_prompt_tokens:
             questions.append(Question(len(questions), text, truth, prompt))
         else:
             dropped += 1
     if not questions:
-        raise ValueError(
-            f"all {dropped} prompts are longer than max_prompt_tokens = "
-            f"{max_prompt_tokens}: raise it"
-        )
+        longer = f"longer than max_prompt_tokens = {c.max_prompt_tokens}"
+        raise ValueError(f"all {dropped} prompts are {longer}: raise it")
     return questions, dropped
 
 
-def load_questions(
-    source: str, tokenizer, c: Config, split: str, limit: int = 0
-) -> tuple[list[Question], str]:
+def load_questions(source: str, tokenizer, c: Config, split: str, limit: int = 0):
     """The first `limit` (0: all) questions of a source, and a line that counts the dropped."""
-    rows, invalid = load_rows(
-        source, c.question_field, c.answer_field, split, need_ground_truth=c.reward == "math"
-    )
-    questions, overlong = make_questions(
-        rows[: limit or None],
-        tokenizer,
-        c.prompt_template,
-        c.max_prompt_tokens,
-        c.system_prompt,
-        c.chat_template_args,
-    )
-    return questions, (
-        f"{source}: {len(questions)} questions ({invalid} dropped without a ground "
-        f"truth, {overlong} longer than {c.max_prompt_tokens} prompt tokens)"
-    )
+    needed = c.reward == "math"
+    rows, invalid = load_rows(source, c.question_field, c.answer_field, split, needed)
+    questions, overlong = make_questions(rows[: limit or None], tokenizer, c)
+    longer = f"{overlong} longer than {c.max_prompt_tokens} prompt tokens"
+    dropped = f"{invalid} dropped without a ground truth, {longer}"
+    return questions, f"{source}: {len(questions)} questions ({dropped})"
 
 
-def questions_of_step(
-    questions: list[Question], step: int, per_step: int, seed: int
-) -> list[Question]:
+def questions_of_step(questions: list, step: int, per_step: int, seed: int) -> list[Question]:
     """The questions of one step: shuffled anew each epoch, a last incomplete step left out.
 
     A function of (seed, step): resuming needs no data state, only the step.

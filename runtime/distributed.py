@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 )
 
 from packing import token_logprobs
+from runtime.models import load_model
 
 STOPPED = 143  # exit code after SIGTERM, as shells report it
 COLLECTIVE_MINUTES = 30  # how long processes wait for one another before they give up
@@ -272,16 +273,10 @@ def load_policy(model_path: str, device: torch.device):
     `model.token_logprobs(row, temperature)` is the one forward that training needs. It is
     registered with FSDP: calling a part of a sharded model directly would find it still sharded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     gpu = device.type == "cuda"
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path,
-        dtype=torch.float32,
-        trust_remote_code=False,
-        attn_implementation="flex_attention" if gpu else "sdpa",
-    )
-    model.to(device)
+    model = load_model(model_path, torch.float32, "flex_attention" if gpu else "sdpa").to(device)
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     model.dtype_on_disk = config.dtype or torch.float32
     return make_trainable(model, gpu)

@@ -19,10 +19,10 @@ from rewards import answer_paragraph
 from rollout import Markers, make_grader
 from runtime import checkpoint, distributed, rundir
 from runtime.config import Config, Evaluation, batch_arithmetic, check
-from runtime.data import digest_of, load_questions, make_questions, set_names
+from runtime.data import load_questions, make_questions, set_names
 from runtime.engines import make_engine, require_engine
 from runtime.metrics import Logger, require_logger
-from runtime.models import check_attention, model_digest, open_tokenizer
+from runtime.models import model_digest, open_tokenizer
 from tasks import arithmetic
 from tasks.reward_function import RewardFunction, require_reward, reward_source
 from tasks.verifier import Verifier
@@ -66,12 +66,14 @@ class Run(Opened):
                 part.close()
 
 
-def open_model(model: str, c: Config, longest_thinking: int, ask: str = "") -> Opened:
+def open_model(
+    model: str, c: Config, longest_thinking: int, ask: str = "", train: bool = True
+) -> Opened:
     """ValueError where the model cannot be used as `c` says, or the questions cannot be read.
 
-    `ask`: this one question instead of the evaluation sets.
+    `ask`: this one question instead of the evaluation sets. `train`: must it be trainable too?
     """
-    tokenizer, eos, context = open_tokenizer(model)
+    tokenizer, eos, context = open_tokenizer(model, train)
     markers = Markers.from_tokenizer(tokenizer, c.max_summary_tokens, eos)
     summary = markers.appended_tokens + c.max_summary_tokens
     longest = c.max_prompt_tokens + longest_thinking + summary
@@ -82,14 +84,7 @@ def open_model(model: str, c: Config, longest_thinking: int, ask: str = "") -> O
         )
     sets, reports = {}, []
     if ask:
-        sets["ask"], _ = make_questions(
-            [(ask, "")],
-            tokenizer,
-            c.prompt_template,
-            c.max_prompt_tokens,
-            c.system_prompt,
-            c.chat_template_args,
-        )
+        sets["ask"], _ = make_questions([(ask, "")], tokenizer, c)
     for name in [] if ask else set_names(c.eval_data):
         sets[name], report = load_questions(name, tokenizer, c, "test", c.eval_questions)
         reports.append(report)
@@ -110,7 +105,6 @@ def prepare(c: Config) -> Run:
     device, directory = distributed.start(), Path(c.output_dir)
     lock = rundir.enter(directory, c.resume)
 
-    check_attention(c.model)
     opened = open_model(c.model, c, c.longest_thinking)
     questions, report = load_questions(c.train_data, opened.tokenizer, c, "train")
     if len(questions) < c.questions_per_step:
@@ -142,7 +136,7 @@ def prepare(c: Config) -> Run:
             "samples": c.eval_samples,
             "temperature": c.eval_temperature,
             "seed": c.seed,
-            "data": {name: digest_of(questions) for name, questions in opened.sets.items()},
+            "data": {name: rundir.digest(questions) for name, questions in opened.sets.items()},
         },
     )
 
@@ -174,7 +168,7 @@ def identity_of(c: Config, questions: list) -> dict:
         free -= {"steps", "epochs"}  # the rate of every step depends on how many there will be
     settings = json.loads(json.dumps(asdict(c)))
     return {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")} | {
-        "data": digest_of(questions),
+        "data": rundir.digest(questions),
         "model_files": model_digest(c.model),
         "reward_file": rundir.digest(reward_source(c.reward)),
     }
@@ -233,7 +227,7 @@ def prepare_evaluation(a: Evaluation, c: Config) -> dict[str, Opened]:
     check(c)
     require_engine(c.engine)
     require_reward(c.reward)
-    opened = {m: open_model(m, c, c.evaluation_budgets[-1], a.ask) for m in a.models}
+    opened = {m: open_model(m, c, c.evaluation_budgets[-1], a.ask, train=False) for m in a.models}
     if distributed.rank() == 0 and not a.ask:
         print(*opened[a.models[0]].reports, sep="\n")
         try:

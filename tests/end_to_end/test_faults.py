@@ -13,17 +13,16 @@ import subprocess
 import sys
 import threading
 import time
-from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import evaluate
 import train
 from rollout import Rollout, Summary
-from runtime import checkpoint, data, distributed, metrics, models, rundir, startup
+from runtime import checkpoint, distributed, metrics, rundir, startup
 from runtime.config import parse
 from runtime.data import Question
 from tasks import arithmetic
@@ -606,20 +605,6 @@ def test_a_planted_checkpoint_executes_nothing(copy, tmp_path, tiny_model_path):
     assert not (tmp_path / "planted").exists()
 
 
-def test_code_of_a_model_directory_is_not_run(tiny_model_path, tmp_path):
-    model = shutil.copytree(tiny_model_path, tmp_path / "model")
-    settings = json.loads((model / "config.json").read_text())
-    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
-    (model / "config.json").write_text(json.dumps(settings))
-    (model / "mine.py").write_text(f"import os; os.mkdir({str(tmp_path / 'planted')!r})")
-    with pytest.raises(ValueError, match="--model"):
-        models.open_tokenizer(str(model))
-    assert not (tmp_path / "planted").exists()
-    for path in ROOT.glob("*.py"):
-        calls = path.read_text().split("from_pretrained(")[1:]
-        assert all("trust_remote_code=False" in c[:160] for c in calls if "save_" not in c), path
-
-
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -634,94 +619,18 @@ def test_an_output_directory_that_cannot_be(where, tmp_path, tiny_model_path, ca
     assert e.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
-def break_model(model, how: str):
-    weights, settings = model / "model.safetensors", json.loads((model / "config.json").read_text())
-    if how == "no weights":
-        weights.unlink()
-    elif how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-1000])
-    elif how == "layer missing":
-        (model / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 4,
-                                                       "layer_types": None}))  # fmt: skip
-    elif how == "vocabulary":
-        (model / "config.json").write_text(json.dumps({**settings, "vocab_size": 999}))
-    elif how == "small vocabulary":
-        (model / "config.json").write_text(json.dumps({**settings, "vocab_size": 20}))
-    elif how in ("bert", "t5"):
-        AutoConfig.for_model(how).save_pretrained(model)
-    elif how == "tokenizer":
-        (model / "tokenizer.json").write_text('{"version": ')
-    elif how == "template":
-        (model / "chat_template.jinja").write_text("{% if %}")
-    elif how == "config":
-        (model / "config.json").write_text("[")
-
-
 @pytest.mark.parametrize(
-    "how, complaint",
+    "args, complaint",
     [
-        ("no weights", "has no *.safetensors file"), ("truncated", "truncated or damaged"),
-        ("layer missing", "weights are missing or have another shape"),
-        ("vocabulary", "have another shape"), ("small vocabulary", "weights only 20"),
-        ("bert", "is a bert: use a decoder-only"), ("t5", "is a t5: use a decoder-only"),
-        ("tokenizer", "no model directory or hub name that can be read"),
-        ("template", "chat template"), ("config", "can be read"),
+        ([], "name one or more"), (["miniature"], "train.py makes"),
+        (["MODEL", "--samples", "-1"], "--samples -1"), (["MODEL", "--seed", "-1"], "--seed -1"),
+        (["MODEL", "--questions", "-5"], "--questions -5"),
+        (["MODEL", "--temperature", "nan"], "temperature nan"),
+        (["MODEL", "--budgets"], "--budgets has no value"), (["MODEL", "--data"], "--data has no"),
     ],
 )  # fmt: skip
-def test_a_bad_model_directory(how, complaint, tiny_model_path, tmp_path, capsys):
-    model = shutil.copytree(tiny_model_path, tmp_path / "model")
-    break_model(model, how)
-    start = time.time()
+def test_bad_arguments_of_evaluate(args, complaint, tiny_model_path, capsys):
     with pytest.raises(SystemExit) as e:
-        train.train(parse(arguments(model, tmp_path / "out")))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert e.value.code == 2 and error.startswith("error: ") and complaint in error
-    assert str(model) in error and time.time() - start < 10
-
-
-@pytest.mark.parametrize(
-    "name, content, complaint",
-    [
-        ("a.jsonl", b'{"problem": "\\ud800", "answer": "1"}\n', "line 1: half of a surrogate"),
-        ("a.jsonl", b'{"problem": "x", "answer": "\\udfff"}\n', "line 1: half of a surrogate"),
-        ("a.json", b"[" * 100_000, "cannot be read as JSON"),
-        ("a.json", '[{"problem": "é", "answer": "1"}]'.encode("latin-1"), "is not in UTF-8"),
-        ("a.jsonl", '{"problem": "x", "answer": "1"}'.encode("utf-16"), "is not in UTF-8"),
-        ("a.jsonl", b'{"problem": "x", "answer": ' + b"9" * 5000 + b"}", "line 1 on: cannot"),
-        ("a.jsonl", b'{"problem": "x", "answer": true}\n', "no usable row"),
-        ("a.parquet", b"PAR1", "no readable parquet file"),
-    ],
-)
-def test_bad_data_files_are_named(name, content, complaint, tmp_path):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as e:
-        data.load_rows(str(tmp_path / name))
-    assert str(tmp_path / name) in str(e.value) and complaint in str(e.value)
-    assert "\n" not in str(e.value)
-
-
-def test_a_byte_order_mark_and_decimals_are_fine(tmp_path):
-    row = '{"problem": "x", "answer": "1"}'
-    (tmp_path / "a.jsonl").write_bytes(row.encode("utf-8-sig"))
-    assert data.load_rows(str(tmp_path / "a.jsonl")) == ([("x", "1")], 0)
-    parquet = pytest.importorskip("pyarrow.parquet")
-    from pyarrow import Table
-
-    rows = [{"problem": p, "answer": Decimal(a)} for p, a in (("x", "2.50"), ("y", "3.00"))]
-    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert data.load_rows(str(tmp_path / "a.parquet")) == ([("x", "2.50"), ("y", "3.00")], 0)
-
-
-def test_an_unreachable_hub_is_one_line_in_seconds(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
-    start = time.time()
-    with pytest.raises(ValueError, match="^--model org/name: no model directory or hub name"):
-        models.open_tokenizer("org/name")
-    with pytest.raises(ValueError, match="cannot fetch"):
-        data.load_rows("deepscaler")
-    assert time.time() - start < 10 and constants.HF_HUB_OFFLINE
+        evaluate.main([str(tiny_model_path) if a == "MODEL" else a for a in args])
+    line = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and complaint in line and "\n" not in line

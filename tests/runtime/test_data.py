@@ -1,22 +1,22 @@
-import json
+"""Rows from every kind of file and named set, their prompts, and the order of the questions."""
 
+import json
+import random
+from decimal import Decimal
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
-import transformers
-from transformers import AutoTokenizer
 
 from runtime import data
-from runtime.data import (
-    NAMED_SETS,
-    PAPER_SETS,
-    chat_options,
-    load_questions,
-    load_rows,
-    make_questions,
-    questions_of_step,
-    set_names,
-)
-from runtime.models import check_attention, open_tokenizer
+from runtime.config import Config
+from runtime.data import PAPER_SETS, chat_options, load_questions, load_rows, make_questions
 from tasks import arithmetic
+from tasks.verifier import Verifier
 from tests.conftest import SHARED
 
 ROWS = [
@@ -26,151 +26,117 @@ ROWS = [
     {"problem": "void", "answer": ""},
     {"problem": "none", "answer": None},
 ]
+PAPER_COUNTS = dict(zip(PAPER_SETS, (30, 83, 500, 272, 675)))
+needs_data = pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
+)
 
 
-def write(path, rows):
+def write(path, rows) -> str:
     if path.suffix == ".json":
         path.write_text(json.dumps(rows))
     elif path.suffix == ".jsonl":
         path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     else:
-        import pyarrow
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return str(path)
 
 
+# -------------------------------------------------------------------------------------- files
+
+
 @pytest.mark.parametrize("kind", [".json", ".jsonl", ".parquet"])
 def test_all_formats_give_the_same_rows(tmp_path, kind):
-    rows = [
-        {
-            **r,
-            "answer": r["answer"]
-            if kind != ".parquet" or not isinstance(r["answer"], (float, list))
-            else "x",
-        }
-        for r in ROWS
-    ]
+    rows = ROWS if kind != ".parquet" else [ROWS[0], *ROWS[3:]]  # a column has one type there
     loaded, dropped = load_rows(write(tmp_path / f"a{kind}", rows))
-    assert loaded == [(r["problem"], r["answer"]) for r in rows[:3]] and dropped == 2
+    assert loaded == [(r["problem"], r["answer"]) for r in rows[:-2]] and dropped == 2
 
 
-def test_fields_can_be_mapped(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"q": "1+1?", "truth": "2"}])
-    assert load_rows(path, "q", "truth") == ([("1+1?", "2")], 0)
+def test_parquets_lists_and_decimals(tmp_path):
+    rows = [{"problem": p, "answer": Decimal(a)} for p, a in (("x", "2.50"), ("y", "3.00"))]
+    assert load_rows(write(tmp_path / "a.parquet", rows)) == ([("x", "2.50"), ("y", "3.00")], 0)
+    rows = [{"problem": "x", "answer": ["6", "six"]}]
+    assert load_rows(write(tmp_path / "b.parquet", rows)) == ([("x", ["6", "six"])], 0)
+
+
+def test_fields_can_be_mapped_and_a_byte_order_mark_is_fine(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"q": "1+1?", "truth": "2"}'.encode("utf-8-sig"))
+    assert load_rows(str(path), "q", "truth") == ([("1+1?", "2")], 0)
+
+
+GOOD = '{"problem": "a", "answer": "1"}'
 
 
 @pytest.mark.parametrize(
     "name, content, complaint",
     [
-        ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"problem": \n', "a.jsonl, line 2: not JSON"),
-        ("a.json", '[\n{"problem": "a", \n"answer": }]', "a.json, line 3: not JSON"),
-        (
-            "a.jsonl",
-            '{"problem": "a", "answer": "1"}\n{"question": "b", "answer": "1"}\n',
-            "line 2: no field 'problem'.*--question-field",
-        ),
-        ("a.jsonl", '{"problem": "a", "answer": "1"}\n["b"]\n', "line 2: expected an object"),
-        ("a.json", '{"problem": "a", "answer": "1"}', "expected a list"),
-        (
-            "a.json",
-            '[{"problem": "a", "answer": "1"}, {"problem": "  ", "answer": "1"}]',
-            "row 2: 'problem' is not a text",
-        ),
-        ("a.json", "[]", "no usable row"),
-        ("a.jsonl", "", "no usable row"),
+        ("a.jsonl", GOOD + '\n{"problem": \n', ", line 2: not JSON"),
+        ("a.json", '[\n{"problem": "a", \n"answer": }]', ", line 3: not JSON"),
+        ("a.jsonl", GOOD + '\n{"question": "b", "answer": "1"}\n',
+         ", line 2: no field 'problem' (it has question, answer): name the right fields with --qu"),
+        ("a.jsonl", GOOD + '\n["b"]\n', ", line 2: expected an object"),
+        ("a.json", GOOD, "expected a list"),
+        ("a.json", '[{"problem": "  ", "answer": "1"}]', "row 1: 'problem' is not a text"),
+        ("a.json", f'[{GOOD}, {{"problem": 7, "answer": "1"}}]', "row 2: 'problem' is not a text"),
+        ("a.json", "[]", "no usable row"), ("a.jsonl", "", "no usable row"),
         ("a.jsonl", '{"problem": "a", "answer": ""}\n', "no usable row"),
+        ("a.jsonl", '{"problem": "x", "answer": true}\n', "no usable row"),
         ("a.csv", "problem,answer\n", "unknown kind '.csv'"),
+        ("a.jsonl", '{"problem": "\\ud800", "answer": "1"}\n', "line 1: half of a surrogate"),
+        ("a.jsonl", '{"problem": "x", "answer": "\\udfff"}\n', "line 1: half of a surrogate"),
+        ("a.json", "[" * 100_000, "from line 1: unreadable JSON (RecursionError"),
+        ("a.jsonl", f'{GOOD}\n{{"problem": "x", "answer": {"9" * 5000}}}', "line 2: unreadable"),
+        ("a.json", f'[{GOOD}, "é"]'.encode("latin-1"), "is not in UTF-8 (byte 35)"),
+        ("a.jsonl", GOOD.encode("utf-16"), "is not in UTF-8"),
+        ("a.parquet", "PAR1", "no readable parquet file"),
     ],
-)
-def test_malformed_files_are_named_with_their_line(tmp_path, name, content, complaint):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=complaint):
-        load_rows(str(tmp_path / name))
+)  # fmt: skip
+def test_bad_files_are_named_with_their_row(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as e:
+        load_rows(str(path))
+    text = str(e.value)
+    assert text.startswith(str(path)) and complaint in text and "\n" not in text
 
 
-def test_a_missing_file_is_named_and_a_named_set_offline_says_so(monkeypatch):
-    with pytest.raises(ValueError, match="nowhere.json is neither a file nor"):
-        load_rows("nowhere.json")
-    import huggingface_hub
+def test_rows_without_a_ground_truth_are_kept_where_a_reward_function_needs_none(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*ROWS, {"problem": "no answer field"}])
+    rows, dropped = load_rows(path, need_ground_truth=False)
+    assert dropped == 0 and rows[3:] == [("void", ""), ("none", None), ("no answer field", None)]
+    with pytest.raises(ValueError, match="line 6: no field 'answer'"):
+        load_rows(path)
 
-    def offline(*_, **__):
-        raise OSError("no route")
 
+# --------------------------------------------------------------------------------- named sets
+
+
+def offline(*_, **__):
+    raise OSError("no route")
+
+
+def test_a_missing_file_and_a_set_that_cannot_be_fetched_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    for name in NAMED_SETS:
-        with pytest.raises(ValueError, match="cannot fetch"):
-            load_rows(name)
+    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
+    with pytest.raises(ValueError, match="nowhere.json is neither a file nor .*deepscaler, paper,"):
+        load_rows("nowhere.json")
+    with pytest.raises(ValueError, match="cannot fetch deepscaler.json of .*no route.*: check the"):
+        load_rows("deepscaler")
+    with pytest.raises(ValueError, match=f"cannot fetch https.*aime.json.*no route.*{tmp_path}"):
+        load_rows("paper/aime")
 
 
-def test_prompts_follow_template_and_chat_template_and_overlong_ones_are_counted(tiny_model_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    questions, dropped = make_questions(
-        [("1 +1 ?", "2"), ("1 +1 +2 +3 ?", "7"), ("2 +2 ?", "4")], tokenizer, "{question}", 4
-    )
-    assert dropped == 1 and [q.index for q in questions] == [0, 1]
-    boxed, _ = make_questions(
-        [("{1} ?", "2")], tokenizer, "{question} \\boxed{}", 99
-    )  # braces are left alone
-    assert "\\boxed{" in tokenizer.decode(boxed[0].prompt)
-    assert (
-        tokenizer.decode(questions[1].prompt) == "2 +2 ?<think>"
-        and questions[1].ground_truth == "4"
-    )
-    with pytest.raises(ValueError, match="has no {question}"):
-        make_questions([("1 +1 ?", "2")], tokenizer, "{q} ?", 9)
-    with pytest.raises(ValueError, match="max_prompt_tokens = 2"):
-        make_questions([("1 +1 ?", "2")], tokenizer, "{question}", 2)
+def test_the_hubs_set_is_read_by_its_own_fields(tmp_path, monkeypatch):
+    path = write(tmp_path / "deepscaler.json", ROWS)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: path)
+    assert load_rows("deepscaler", "question", "truth")[0][0] == ("1+1?", "2")
 
 
-def test_an_epoch_visits_every_question_once_and_the_next_in_another_order(tiny_model_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    questions, report = load_questions("miniature", tokenizer, "{question}", 12)
-    assert report.startswith("miniature: 2048 questions (0 dropped")
-    steps = [
-        questions_of_step(questions, step, 500, seed=3) for step in range(8)
-    ]  # 4 steps an epoch, 48 left over
-    first = [q.index for s in steps[:4] for q in s]
-    assert len(set(first)) == 2000
-    assert [q.index for q in steps[4]] != [q.index for q in steps[0]]
-    assert (
-        steps[5]
-        == questions_of_step(questions, 5, 500, seed=3)
-        != questions_of_step(questions, 5, 500, seed=4)
-    )
-
-
-@pytest.mark.skipif(
-    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
-)
-def test_the_papers_sets_load_with_their_counts():
-    counts = {
-        "test/aime": 30,
-        "test/amc": 83,
-        "test/math": 500,
-        "test/minerva": 272,
-        "test/olympiad_bench": 675,
-        "train/aime": 975,
-        "train/math": 7470,
-    }
-    for name, count in counts.items():
-        rows, dropped = load_rows(str(SHARED / "data" / f"{name}.json"))
-        assert (len(rows), dropped) == (count, 4 if name == "train/math" else 0)
-
-
-PAPER_COUNTS = dict(zip(PAPER_SETS, (30, 83, 500, 272, 675)))
-
-
-@pytest.mark.skipif(
-    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
-)
+@needs_data
 def test_the_paper_collection_is_fetched_once_and_checked(tmp_path, monkeypatch):
     """The download rehearsed: a local server has the authors' five files."""
-    from functools import partial
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-    from threading import Thread
-
     asked = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -182,60 +148,59 @@ def test_the_paper_collection_is_fetched_once_and_checked(tmp_path, monkeypatch)
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(data, "PAPER_SETS_URL", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert set_names(("paper", "miniature")) == [*PAPER_SETS, "miniature"]
-        for name in set_names(("paper",)):
-            for _ in range(2):  # the second time from the cache
-                rows, dropped = load_rows(name)
-                assert (len(rows), dropped) == (PAPER_COUNTS[name], 0)
+        assert data.set_names(("paper", "miniature")) == [*PAPER_SETS, "miniature"]
+        loaded = {name: load_rows(name) for name in data.set_names(("paper",))}
+        assert load_rows("paper/aime") == loaded["paper/aime"]  # from the cache
         server.shutdown()
     assert len(asked) == 5
-    minerva = [truth for _, truth in load_rows("paper/minerva")[0]]
+    assert {name: (len(rows), n) for name, (rows, n) in loaded.items()} == {
+        name: (count, 0) for name, count in PAPER_COUNTS.items()
+    }
+    minerva = [truth for _, truth in loaded["paper/minerva"][0]]
     assert sum(isinstance(t, list) and len(t) > 1 for t in minerva) == 75
     (tmp_path / "anytime-reasoner" / "aime.json").write_text("[]")
     with pytest.raises(ValueError, match="aime.json is not the file .*: delete it"):
         load_rows("paper/aime")
 
 
-def test_the_paper_collection_without_network_names_the_file_to_bring(tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no route")
-
-    monkeypatch.setattr(data.urllib.request, "urlopen", offline)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=f"cannot fetch https.*aime.json.*no route.*{tmp_path}"):
-        load_rows("paper/aime")
+@needs_data
+@pytest.mark.parametrize("name, count, blank", [("aime", 975, 0), ("math", 7470, 4)])
+def test_training_sets_load_with_their_counts(name, count, blank):
+    rows, dropped = load_rows(str(SHARED / "data" / "train" / f"{name}.json"))
+    assert (len(rows), dropped) == (count, blank)
 
 
-@pytest.mark.skipif(
-    not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
-)
-def test_every_listed_answer_of_minerva_counts_alone():
+@needs_data
+@pytest.mark.parametrize("sample", [12, pytest.param(75, marks=pytest.mark.slow)])
+def test_every_listed_answer_of_minerva_counts_alone(sample):
     """Each alternative verifies against the list; for 6 questions not against its sibling."""
-    from tasks.verifier import Verifier
-
     rows, _ = load_rows(str(SHARED / "data" / "test" / "minerva.json"))
-    listed = [truths for _, truths in rows if len(truths) > 1]
+    listed = random.Random(0).sample([truths for _, truths in rows if len(truths) > 1], sample)
+    pairs = [(a, b) for truths in listed for a in truths for b in truths if a != b]
     with Verifier(2) as verifier:
         alone = verifier.score([(f"\\boxed{{{t}}}", truths) for truths in listed for t in truths])
-        pairs = [(a, b) for truths in listed for a in truths for b in truths if a != b]
         siblings = verifier.score([(f"\\boxed{{{a}}}", b) for a, b in pairs])
     assert set(alone) == {1.0}
     assert len({frozenset(p) for p, s in zip(pairs, siblings) if s == 0}) <= 6
 
 
-def test_open_tokenizer_reads_the_context_and_refuses_a_missing_model(tiny_model_path):
-    with pytest.raises(ValueError, match="--model nowhere"):
-        open_tokenizer("nowhere")
-    tokenizer, eos, context = open_tokenizer(str(tiny_model_path))
-    assert eos == [tokenizer.eos_token_id] and context == 256
+# ------------------------------------------------------------------------------------- prompts
 
 
-def test_rows_without_a_ground_truth_are_kept_where_a_reward_function_needs_none(tmp_path):
-    path = write(tmp_path / "a.jsonl", [*ROWS, {"problem": "no answer field"}])
-    rows, dropped = load_rows(path, need_ground_truth=False)
-    assert dropped == 0 and rows[3:] == [("void", ""), ("none", None), ("no answer field", None)]
-    with pytest.raises(ValueError, match="line 6: no field 'answer'"):
-        load_rows(path)
+def test_prompts_follow_the_template_and_overlong_ones_are_counted():
+    tokenizer = arithmetic.make_tokenizer()
+    rows = [("1 +1 ?", "2"), ("1 +1 +2 +3 ?", "7"), ("2 +2 ?", "4")]
+    questions, dropped = make_questions(rows, tokenizer, Config(max_prompt_tokens=4))
+    assert dropped == 1 and [q.index for q in questions] == [0, 1]
+    assert tokenizer.decode(questions[1].prompt) == "2 +2 ?<think>"
+    assert questions[1].ground_truth == "4"
+    braces = Config(prompt_template="{question} \\boxed{}", max_prompt_tokens=99)
+    (boxed,), _ = make_questions([("{1} ?", "2")], tokenizer, braces)  # braces are left alone
+    assert "\\boxed{" in tokenizer.decode(boxed.prompt)
+    with pytest.raises(ValueError, match="has no {question}"):
+        make_questions(rows, tokenizer, Config(prompt_template="{q} ?"))
+    with pytest.raises(ValueError, match="all 3 prompts are longer than max_prompt_tokens = 2"):
+        make_questions(rows, tokenizer, Config(max_prompt_tokens=2))
 
 
 def test_system_prompt_and_chat_template_arguments_reach_the_template():
@@ -245,39 +210,31 @@ def test_system_prompt_and_chat_template_arguments_reach_the_template():
         "{% for m in messages %}{{ ' +1' if m.role == 'system' }}{{ m.content }}{% endfor %}"
         "<think>{% if enable_thinking is false %}</think>{% endif %}"
     )
-    rows = [("1 +2 ?", "3")]
-    (plain,), _ = make_questions(rows, tokenizer, "{question}", 9)
-    on = ("enable_thinking=true",)
-    (system,), _ = make_questions(rows, tokenizer, "{question}", 9, " +5", on)
-    texts = [tokenizer.decode(q.prompt) for q in (plain, system)]
-    assert texts == ["1 +2 ?<think>", " +1 +51 +2 ?<think>"]
+
+    def prompt(*chat_template_args, system_prompt=""):
+        c = Config(chat_template_args=chat_template_args, system_prompt=system_prompt)
+        return tokenizer.decode(make_questions([("1 +2 ?", "3")], tokenizer, c)[0][0].prompt)
+
+    assert prompt() == "1 +2 ?<think>"
+    assert prompt("enable_thinking=true", system_prompt=" +5") == " +1 +51 +2 ?<think>"
     with pytest.raises(ValueError, match="enable_thinking=true"):
-        make_questions(rows, tokenizer, "{question}", 9, "", ("enable_thinking=false",))
+        prompt("enable_thinking=false")
     with pytest.raises(ValueError, match="write name=value"):
-        make_questions(rows, tokenizer, "{question}", 9, "", ("enable_thinking",))
+        prompt("enable_thinking")
     assert chat_options(("a=1", "b=x y", "c=true")) == {"a": 1, "b": "x y", "c": True}
 
 
-@pytest.mark.parametrize(
-    "name, changes, refused",
-    [
-        ("Qwen2", {}, False),
-        ("Qwen3", {}, False),
-        ("Llama", {}, False),
-        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, True),
-        ("Qwen2", {"use_sliding_window": False, "sliding_window": 8}, False),
-        ("Mistral", {"sliding_window": 8}, True),
-        ("Mistral", {"sliding_window": None}, False),
-        ("Gemma3Text", {}, True),
-    ],
-)
-def test_layers_that_do_not_see_the_whole_context_are_refused(
-    tmp_path, name, changes, refused, capsys
-):
-    getattr(transformers, f"{name}Config")(num_hidden_layers=8, **changes).save_pretrained(tmp_path)
-    if refused:
-        with pytest.raises(ValueError, match="full attention alone"):
-            check_attention(str(tmp_path))
-    else:
-        check_attention(str(tmp_path))
-        assert ("WARNING" in capsys.readouterr().out) == (name == "Mistral")
+def test_an_epoch_visits_every_question_once_and_the_next_in_another_order():
+    tokenizer = arithmetic.make_tokenizer()
+    questions, report = load_questions("miniature", tokenizer, Config(), "train")
+    assert report.startswith(
+        "miniature: 2048 questions (0 dropped without a ground truth, 0 longer"
+    )
+    assert len(load_questions("miniature", tokenizer, Config(), "test", limit=5)[0]) == 5
+
+    def order(step, seed=3):
+        return [q.index for q in data.questions_of_step(questions, step, 500, seed)]
+
+    first = [i for step in range(4) for i in order(step)]  # 4 steps an epoch, 48 left over
+    assert len(set(first)) == 2000 and order(4) != order(0)
+    assert order(5) == order(5) != order(5, seed=4)

@@ -1,22 +1,19 @@
-"""Real kinds of tokenizers through the protocol: what one text would be, its parts are tokenised
-into, or the difference is known. R1's kind is built here; SmolLM2's comes with its package."""
+"""Real kinds of tokenizers: the parts of a sequence tokenise as its whole text does, or the
+difference is known. R1's kind is built here; SmolLM2's comes with its package."""
+
+import random
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rollout import ANSWER_HEADER, CUT_TEXT, Markers
+from runtime.config import Config
 from runtime.data import load_rows, make_questions
 from tests.conftest import SHARED
 from tests.end_to_end import make_smollm
 
-R1_TOKENS = (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<think>",
-    "</think>",
-)
+BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+R1_TOKENS = (BEGIN, END, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 R1_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}{% else %}"
@@ -38,27 +35,17 @@ def r1_tokenizer():
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(
-        [*TEXTS, "**Final Answer**\n\\boxed{12}", "Wait ... so\n\n...\n\n"] * 3,
-        trainers.BpeTrainer(
-            vocab_size=600,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    texts = [*TEXTS, "**Final Answer**\n\\boxed{12}", "Wait ... so\n\n...\n\n"] * 3
+    settings = {"vocab_size": 600, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    core.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **settings))
     for token in R1_TOKENS:
         core.add_tokens([AddedToken(token, normalized=False, special="think" not in token)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=R1_TOKENS[0],
-        eos_token=R1_TOKENS[1],
-        pad_token=R1_TOKENS[1],
-        chat_template=R1_CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": END}
+    settings = {"chat_template": R1_CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special, **settings)
 
 
-@pytest.fixture(scope="module", params=["r1", "smollm"])
+@pytest.fixture(scope="module", params=["r1", pytest.param("smollm", marks=pytest.mark.real)])
 def tokenizer(request):
     if request.param == "r1":
         return r1_tokenizer()
@@ -76,9 +63,11 @@ def encode(tokenizer, text):
 
 
 def questions(tokenizer):
-    path = SHARED / "data" / "train" / "math.json"
-    rows = load_rows(str(path))[0][:200] if path.is_file() else [(text, "1") for text in TEXTS]
-    return make_questions(rows, tokenizer, "{question} Reason step by step.", 4096)[0]
+    path, rows = SHARED / "data" / "train" / "math.json", [(text, "1") for text in TEXTS]
+    if path.is_file():
+        rows += random.Random(0).sample(load_rows(str(path))[0], 50)
+    c = Config(prompt_template="{question} Reason step by step.", max_prompt_tokens=4096)
+    return make_questions(rows, tokenizer, c)[0]
 
 
 def test_prompts_are_their_text_once(tokenizer):
@@ -89,12 +78,12 @@ def test_prompts_are_their_text_once(tokenizer):
         ids = list(q.prompt)
         assert ids == encode(tokenizer, rendered), "the text does not tokenise back to its tokens"
         assert ids.count(encode(tokenizer, "<think>")[0]) == 1
-        if tokenizer.bos_token_id != tokenizer.eos_token_id and tokenizer.bos_token in R1_TOKENS:
+        if tokenizer.bos_token == BEGIN:
             assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
 def test_parts_tokenise_as_one_stream_but_for_known_joints(tokenizer):
-    """What the engine sees is joined from parts. Behind </think> nothing can merge, so header and
+    """What the engine sees is joined from parts. After </think> nothing can merge, so header and
     closed traces are exactly the stream's; a cut merges with the dots or line breaks before it."""
     p = markers_of(tokenizer)
     assert encode(tokenizer, CUT_TEXT + ANSWER_HEADER) == [*p.cut_text, *p.answer_header]
@@ -112,8 +101,8 @@ def test_parts_tokenise_as_one_stream_but_for_known_joints(tokenizer):
         stream = encode(tokenizer, thinking + CUT_TEXT + ANSWER_HEADER)
         parts = [*encode(tokenizer, thinking), *p.cut_text, *p.answer_header]
         assert stream != parts and tokenizer.decode(stream) == tokenizer.decode(parts)
-        behind = len(p.answer_header) + 1
-        assert stream[-behind:] == parts[-behind:]
+        after = len(p.answer_header) + 1
+        assert stream[-after:] == parts[-after:]
 
 
 def test_the_tokenizer_survives_saving(tokenizer, tmp_path):

