@@ -52,7 +52,7 @@ def test_the_papers_main_run_by_its_numbers():
     longer = parse(["--preset", "paper-16k"])
     changed = {k for k, v in asdict(c).items() if asdict(longer)[k] != v}
     assert changed == {"preset", "output_dir"} | set(
-        "max_budget num_rollouts questions_per_step epochs".split()
+        "max_budget num_rollouts questions_per_step epochs save_every".split()
     )
 
 
