@@ -22,10 +22,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 from rollout import Output, Request
-from runtime.models import load_model, read_config, without_weights
+from runtime.models import first_line, load_model, read_config, without_weights
 
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
@@ -46,12 +47,10 @@ def make_engine(
     kv_cache_gb: float = 1.0,
 ):
     """The engine by name, "plain" or "vllm". `max_length`: of a sequence, prompt included."""
-    if kind == "plain":
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return PlainEngine(model_path, device, dtype)
     if kind == "vllm":
         return VllmEngine(model_path, device, max_length, tensor_parallel_size, kv_cache_gb)
-    raise ValueError(f"unknown engine {kind!r}: use plain or vllm")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return PlainEngine(model_path, device, dtype)
 
 
 # ------------------------------------------------------------------------------ transformers alone
@@ -258,7 +257,10 @@ class VllmEngine:
         on_cpu = {"block_size": 32, "enforce_eager": True, "enable_chunked_prefill": False}
         size = {"max_model_len": max_length, "tensor_parallel_size": tensor_parallel_size}
         settings |= quiet | size | ({} if on_gpu else on_cpu)
-        self.engine = LLMEngine.from_engine_args(EngineArgs(model=model_path, **settings))
+        try:
+            self.engine = LLMEngine.from_engine_args(EngineArgs(model=model_path, **settings))
+        except SafetensorError as e:
+            raise ValueError(f"{model_path} does not load ({first_line(e)}): get it again") from e
         self.names = set(without_weights(read_config(model_path)).state_dict())
         self.version = 0
 

@@ -32,6 +32,8 @@ def open_tokenizer(model: str, train: bool = True):
     except Exception as e:  # the parsers of tokenizer.json raise plain Exception
         problem = f"no model directory or hub name that can be read ({first_line(e)})"
         raise ValueError(f"--model {model}: {problem}") from e
+    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
+        raise ValueError(f"--model {model} has no *.safetensors file: save it by save_pretrained")
     check_model(model, config, len(tokenizer), train)
     try:
         generation = transformers.GenerationConfig.from_pretrained(model, trust_remote_code=False)
