@@ -42,7 +42,7 @@ class Run(Opened):
     """What the loop needs besides engine, model and optimizer."""
 
     dir: Path
-    lock: object  # the directory is this run's until it is closed
+    lock: object  # the directory is this run's until it is released
     device: torch.device
     questions: list
     steps: int
@@ -58,9 +58,11 @@ class Run(Opened):
 
     def close(self):
         """End the graders and the log, and let go of the directory."""
-        for part in (self.verifier, self.logger, self.bar, self.lock):
+        for part in (self.verifier, self.logger, self.bar):
             if part is not None:
                 part.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def open_model(model: str, c: Config, longest_thinking: int, ask: str = "") -> Opened:
@@ -175,7 +177,7 @@ def load(c: Config, run: Run):
     """
     device, first = run.device, distributed.rank() == 0
     if first:
-        run.history = rundir.begin(run.dir, run.checkpoint, run.first_step)
+        run.history = rundir.begin(run.dir, run.checkpoint, run.first_step, c.keep_checkpoints)
         if c.model == "miniature":
             arithmetic.load_or_write_base(Path("runs"), c.seed)
     run.history = distributed.broadcast(run.history)
