@@ -87,7 +87,8 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def remove(checkpoint: Path):
     """Delete run.json first, so that no half of a checkpoint passes for a whole one."""
     (checkpoint / "run.json").unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
 
 
 def prune(output_dir: Path, step: int, keep: int):
