@@ -103,8 +103,8 @@ def is_alive(pid: int) -> bool:
 
 
 def test_a_standstill_is_reported_with_its_place(monkeypatch, capfd):
-    monkeypatch.setattr(distributed, "STANDSTILL_MINUTES", 0.5 / 60)
-    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda *_: time.sleep(1.5))
+    monkeypatch.setattr(distributed, "STANDSTILL_MINUTES", 0.8 / 60)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda *_: time.sleep(1.2))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     try:
         for _ in range(10):  # at work: nothing to report
@@ -116,8 +116,8 @@ def test_a_standstill_is_reported_with_its_place(monkeypatch, capfd):
     finally:
         distributed.stop()
     text = capfd.readouterr().err
-    assert "Timeout (0:00:00.500000)!" in text and "in any_process\n" in text
-    time.sleep(0.7)
+    assert "Timeout (0:00:00.800000)!" in text and "in any_process\n" in text
+    time.sleep(0.9)
     assert capfd.readouterr().err == ""  # the run has ended
 
 
