@@ -156,7 +156,7 @@ def read(checkpoint: Path) -> tuple[dict, str]:
         files, _ = dict(saved["files"]), saved["step"] + 0
         found = {p.name: file_digest(p) for p in checkpoint.glob("*.safetensors")}
     except OSError as e:
-        return {}, f"{Path(e.filename).name} cannot be read ({e.strerror})"
+        return {}, f"{Path(e.filename or checkpoint).name} cannot be read ({e.strerror})"
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}, "its run.json is not a checkpoint's"
     wrong = [k for k in sorted(found.keys() | files.keys()) if found.get(k) != files.get(k)]

@@ -26,7 +26,7 @@ from packing import token_logprobs
 STOPPED = 143  # exit code after SIGTERM, as shells report it
 COLLECTIVE_MINUTES = 30  # how long processes wait for one another before they give up
 STANDSTILL_MINUTES = 20  # shorter, so that the process that the others wait for reports first
-FEW_PARAMETERS = 1_000_000  # below this, one CPU thread
+FEW_PARAMETERS = 1_000_000  # below this, one CPU thread (scripts/bench_training.py threads)
 
 barrier = dist.barrier
 
@@ -204,21 +204,6 @@ def all_finite(grad_norm: float, stats: list[dict]) -> bool:
     return not any_process(not all(math.isfinite(float(x)) for x in numbers))
 
 
-def limit_threads(model_path: str):
-    """Use one CPU thread for a tiny model: more bring little, and on a busy machine cost much.
-
-    From FEW_PARAMETERS on they pay (scripts/bench_training.py threads): then torch's choice stands,
-    all cores or OMP_NUM_THREADS, which torchrun sets to 1 for several processes.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):  # counts without memory
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config)
-    if model.num_parameters() < FEW_PARAMETERS:
-        torch.set_num_threads(1)
-
-
 def load_policy(model_path: str, device: torch.device):
     """The trainable model: float32 weights, bfloat16 compute on GPUs, sharded with FSDP2.
 
@@ -234,6 +219,8 @@ def load_policy(model_path: str, device: torch.device):
         trust_remote_code=False,
         attn_implementation="flex_attention" if gpu else "sdpa",
     )
+    if not gpu and model.num_parameters() < FEW_PARAMETERS:
+        torch.set_num_threads(1)  # more bring little, and on a busy machine cost much
     model.to(device)
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     model.dtype_on_disk = config.dtype or torch.float32

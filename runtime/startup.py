@@ -188,8 +188,6 @@ def load(c: Config, run: Run):
     path = c.model
     if c.model == "miniature":
         path = str(arithmetic.base_path(Path("runs"), c.seed))
-    if device.type == "cpu":
-        distributed.limit_threads(path)  # before the engine: once vLLM runs it does nothing
     engine = make_engine(c.engine, path, device, run.longest, c.tensor_parallel_size, c.kv_cache_gb)
     torch.manual_seed(c.seed)  # after the engine, whose start reseeds; nothing below draws
     model = distributed.load_policy(path, device)
