@@ -93,6 +93,7 @@ def sample_records(
         bar.update(len(known) * summaries)
         missing = [q for q in questions if q.index not in known]
         for start in range(0, len(missing), chunk):
+            distributed.expect_progress()
             share = distributed.share(missing[start : start + chunk], group_size)
             rollouts = sample_rollouts(engine, share, drawn, opened.markers, grade_and_count)
             new = [record(r, sampling.budgets, opened.tokenizer) for r in rollouts]

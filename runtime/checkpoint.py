@@ -1,91 +1,89 @@
-"""How does a run survive a crash?
+"""Checkpoints of model and optimizer, and the final model.
 
-Everything paid for is on disk, complete or not at all: checkpoints of model and optimizer
-(torch.distributed.checkpoint), the rollouts sampled since the newest of them, the logs, and the
-final model. Each is written beside its place, synced to disk and renamed; what is read again has a
-checksum, and reading it executes nothing. The data position and all randomness are functions of the
-step, so there is no other state.
+A checkpoint, checkpoints/step-XXXXXXXX/, holds safetensors shards that torch.distributed.checkpoint
+writes and loads on any number of processes, and a run.json with the run's identity and a digest of
+every shard. run.json is written last: a directory without it is no checkpoint. Nothing in it is a
+pickle, so loading executes no code. The data position and all randomness are functions of the step.
 """
 
-import io
 import json
-import pickle
+import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
+
+from runtime.distributed import (
+    any_process,
+    barrier,
+    broadcast,
+    full_weights,
+    gather,
+    rank,
+    say,
+    together,
 )
-
-from runtime.distributed import any_process, barrier, broadcast, gather, rank, say, together
-from runtime.rundir import checkpoints, drop_covered, fresh, replace, sha256, sync, write
+from runtime.rundir import checkpoints, file_digest, prune, remove, sync, write
 
 
-class Start(NamedTuple):
-    """Where a run begins."""
+def training_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """{name: tensor} of weights and AdamW's moments: the tensors in use, sharded as they are.
 
-    checkpoint: Path | None
-    step: int
-
-
-def find(output_dir: Path, resume: str, identity: dict) -> Start:
-    """Where to start, by the flag --resume: the first process decides and tells the others.
-
-    `identity`: every setting, and the digest of every file, that changes the run's numbers.
+    Moments that AdamW has yet to create are created here, as the zeros that it would start from.
+    Learning rate, betas and weight decay are not state: they come from the config.
     """
-    start = None
-    with together():
-        if rank() == 0:
-            start = Start(None, 0)
-            if resume == "auto":
-                start = _newest_intact(output_dir, identity) or start
-            elif resume:
-                start = check_checkpoint(Path(resume), identity)
-                here = (output_dir / "checkpoints").resolve()
-                if Path(resume).resolve().parent != here and (output_dir / "config.json").exists():
-                    raise ValueError(
-                        f"--output-dir {output_dir} holds another run than --resume "
-                        f"{resume}: choose a new one"
-                    )
-    return broadcast(start)
+    weights = model.state_dict()  # under FSDP2 this frees what a forward has left gathered
+    tensors = {}
+    for name, p in model.named_parameters():  # a tied weight once
+        moments = optimizer.state[p]
+        if not moments:
+            moments["step"] = torch.tensor(0.0)
+            moments |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        tensors[f"model.{name}"] = weights[name]
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
+    return tensors
 
 
-def _newest_intact(output_dir: Path, identity: dict) -> Start | None:
-    skipped = []
-    for path in sorted((output_dir / "checkpoints").glob("*"), reverse=True):
-        if path not in checkpoints(output_dir):
-            if path.suffix not in (".partial", ".removed", ".abandoned"):
-                say(f"ignoring {path}: not the name of a checkpoint")
-        elif problem := damage(path):
-            say(f"WARNING skipping checkpoint {path}: {problem}")
-            skipped.append(path)
-        else:
-            return check_checkpoint(path, identity)
-    if skipped:
-        raise ValueError(
-            f"none of the {len(skipped)} checkpoints in {output_dir} is intact: start "
-            "again in a new --output-dir"
-        )
+def save_checkpoint(output_dir: Path, step: int, identity: dict, model, optimizer, keep: int):
+    """Write the checkpoint of this step, then delete all but the newest `keep`."""
+    path = output_dir / "checkpoints" / f"step-{step:08d}"
+    if rank() == 0:
+        remove(path)  # damaged or incomplete
+        sync(output_dir / "metrics.jsonl")  # the steps before this one are not logged again
+        sync(output_dir / "evals.jsonl")
+    tensors = training_state(model, optimizer)
+    refuse_non_finite(tensors.values(), output_dir)  # collective, so `path` is gone for all
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True))
+    own = path.glob(f"shard-{rank() + 1:05d}-*")  # each process reads back what it has written
+    files = dict(gather([(p.name, file_digest(p)) for p in own]))
+    if rank() == 0:
+        sync(path)
+        write(path / "run.json", json.dumps({"step": step, "files": files, **identity}, indent=1))
+        sync(path.parent)
+        prune(output_dir, step, keep)
+    barrier()
+
+
+def load_checkpoint(path: Path, model, optimizer):
+    """Fill model and optimizer in place, on any number of processes."""
+    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path))
 
 
 def save_model(model, tokenizer, path: Path):
-    """Write the model in Hugging Face layout, in the dtype it came in."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)  # of the first process; {} elsewhere
-    weights = {name: weight.to(model.dtype_on_disk) for name, weight in weights.items()}
+    """Write the model in Hugging Face layout, in the dtype that it came in."""
+    weights, temporary = {}, path.with_name(path.name + ".tmp")
+    for name, weight in full_weights(model):
+        if rank() == 0:
+            weights[name] = weight.to("cpu", model.dtype_on_disk)
     refuse_non_finite(weights.values(), path.parent)
     if rank() == 0:
-        partial = fresh(path.with_name(path.name + ".partial"))
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        replace(partial, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        for p in (*temporary.rglob("*"), temporary):
+            sync(p)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
     barrier()
 
 
@@ -93,10 +91,8 @@ def refuse_non_finite(tensors, output_dir: Path):
     """FloatingPointError on all processes if one of them holds a nan or an infinity."""
     local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
     if any_process(not all(t.isfinite().all() for t in local)):
-        raise FloatingPointError(
-            "weights or optimizer hold nan or infinity, so nothing was saved. "
-            + last_good(output_dir)
-        )
+        problem = "weights or optimizer hold nan or infinity, so nothing was saved"
+        raise FloatingPointError(f"{problem}. {last_good(output_dir)}")
 
 
 def last_good(output_dir: Path) -> str:
@@ -107,116 +103,62 @@ def last_good(output_dir: Path) -> str:
     )
 
 
-def save_checkpoint(output_dir: Path, step: int, identity: dict, model, optimizer, keep: int):
-    """Model and optimizer shards of every process, and a run.json with the run's identity and a
-    checksum of every file. The newest `keep` checkpoints stay."""
-    path = output_dir / "checkpoints" / f"step-{step:08d}"
-    partial = path.with_suffix(".partial")
-    if rank() == 0:
-        fresh(partial)
-        sync(output_dir / "metrics.jsonl")  # what it says of the steps before is not said again
-        sync(output_dir / "evals.jsonl")
-    weights, moments = get_state_dict(model, optimizer)
-    # Collective: from here on, all processes know that the directory is there.
-    refuse_non_finite(
-        [*weights.values(), *(t for state in optimizer.state.values() for t in state.values())],
-        output_dir,
-    )
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(partial))
-    mine = [*partial.glob(f"__{rank()}_*"), *([partial / ".metadata"] if rank() == 0 else [])]
-    files = dict(gather([(p.name, sha256(p)) for p in mine]))  # each reads what it has written
-    if rank() == 0:
-        write(
-            partial / "run.json",
-            json.dumps({"step": step, "files": files, **identity}, indent=1),
-        )
-        replace(partial, path)
-        drop_covered(output_dir, keep)
-    barrier()
+def find(output_dir: Path, resume: str, identity: dict) -> tuple[Path | None, int]:
+    """(checkpoint, step) to start from, by the flag --resume; (None, 0) for the beginning.
+
+    `identity`: every setting, and the digest of every file, that changes the run's numbers.
+    ValueError where the checkpoint is damaged, of another run, or older than others beside it.
+    """
+    with together():
+        start = _find(output_dir, resume, identity) if rank() == 0 and resume else (None, 0)
+    return broadcast(start)
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files; "" where nothing is."""
+def _find(output_dir: Path, resume: str, identity: dict) -> tuple[Path | None, int]:
+    candidates, problems = checkpoints(output_dir)[::-1], []
+    if resume != "auto":
+        refuse_other_runs(output_dir, Path(resume), candidates)
+        candidates = [Path(resume)]
+    for path in candidates:
+        saved, problem = read(path)
+        if problem:
+            problems.append(f"{path}: {problem}")
+            continue
+        if problems:
+            say(f"WARNING skipping {'; '.join(problems)}")
+        different = [k for k, value in identity.items() if saved.get(k) != value]
+        both = "; ".join(f"{k} {saved.get(k)!r} there, {identity[k]!r} here" for k in different)
+        if different:
+            fix = "match the flags, or choose a new --output-dir"
+            raise ValueError(f"checkpoint {path} is of another run: {both}: {fix}")
+        return path, saved["step"]
+    if problems:
+        fix = "name another one, or start again in a new --output-dir"
+        raise ValueError(f"--resume finds no complete checkpoint ({'; '.join(problems)}): {fix}")
+    return None, 0
+
+
+def refuse_other_runs(output_dir: Path, checkpoint: Path, existing: list[Path]):
+    """ValueError where a start from this checkpoint would mix with what the directory holds."""
+    beside = checkpoint.resolve().parent == (output_dir / "checkpoints").resolve()
+    newer = ", ".join(p.name for p in existing if p.name > checkpoint.resolve().name)
+    problem, fix = f"another run than --resume {checkpoint}", "choose a new one"
+    if beside and newer:
+        problem, fix = f"checkpoints newer than --resume {checkpoint}", f"delete {newer}, or {fix}"
+    if newer or not beside and (output_dir / "config.json").exists():
+        raise ValueError(f"--output-dir {output_dir} holds {problem}: {fix}")
+
+
+def read(checkpoint: Path) -> tuple[dict, str]:
+    """(run.json, what is wrong with the checkpoint: "" where every shard is as it was written)."""
     try:
-        saved = json.loads((path / "run.json").read_bytes())
-        _ = saved["step"] + 0, saved["files"][".metadata"]
-        wrong = [name for name, was in saved["files"].items() if sha256(path / name) != was]
-        return f"changed since it was written: {', '.join(wrong)}" if wrong else ""
+        saved = json.loads((checkpoint / "run.json").read_bytes())
+        files, _ = dict(saved["files"]), saved["step"] + 0
+        found = {p.name: file_digest(p) for p in checkpoint.glob("*.safetensors")}
     except OSError as e:
-        return f"{Path(e.filename or path).name} cannot be read ({e.strerror})"
+        return {}, f"{Path(e.filename or checkpoint).name} cannot be read ({e.strerror})"
     except (ValueError, TypeError, KeyError, AttributeError):
-        return "run.json is not a checkpoint's"
-
-
-def check_checkpoint(path: Path, identity: dict) -> Start:
-    """The start from a checkpoint that is intact and of this run; else ValueError with what is
-    wrong or different."""
-    if problem := damage(path):
-        raise ValueError(
-            f"{path} is no complete checkpoint ({problem}): pass --resume auto, or a "
-            "directory named step-*"
-        )
-    saved = json.loads((path / "run.json").read_bytes())
-    different = [
-        f"{k} {saved.get(k)!r} there, {v!r} here" for k, v in identity.items() if saved.get(k) != v
-    ]
-    if different:
-        raise ValueError(
-            f"checkpoint {path} is of another run: {'; '.join(different)}. Match the "
-            "flags, or start in a new --output-dir"
-        )
-    return Start(path, saved["step"])
-
-
-def load_checkpoint(path: Path, model, optimizer):
-    """Fill model and optimizer in place, on any number of processes."""
-    _Reader(path).read_metadata()  # torch would wrap its ValueError, not even in an Exception
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, storage_reader=_Reader(path), planner=_Planner())
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-
-
-class _Unpickler(pickle.Unpickler):
-    """A pickle can call any function by its name: allow the few classes that torch writes."""
-
-    KNOWN = {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "PosixPath",
-        "Size",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-        "_StorageInfo",
-        "_get_layout",
-    }
-
-    def find_class(self, module, name):
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module.split(".")[0] in ("torch", "pathlib") and (name in self.KNOWN or is_dtype):
-            return super().find_class(module, name)
-        raise ValueError(f"its .metadata asks for {module}.{name}, which no checkpoint needs")
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *_, **__):
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Planner(DefaultLoadPlanner):
-    def load_bytes(self, read_item, value):
-        """Settings of the optimizer travel as pickles: read as plain values, written anew."""
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
-        plain.seek(0)
-        super().load_bytes(read_item, plain)
+        return {}, "its run.json is not a checkpoint's"
+    wrong = [k for k in sorted(found.keys() | files.keys()) if found.get(k) != files.get(k)]
+    names = ", ".join(wrong)
+    return saved, names and f"missing, added or changed since it was written: {names}"

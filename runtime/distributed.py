@@ -1,16 +1,15 @@
-"""Processes: who am I, and how is the model shared out over them?
+"""The processes of a run, and the model sharded over them.
 
-FSDP2 shards and torchrun starts; this file only calls them. The same calls run on one CPU process
-and on many GPUs, so the loop in train.py knows neither.
+torchrun starts the processes and FSDP2 shards the model; this file only calls them. The same calls
+run on one CPU process and on many GPUs, so that the loop in train.py need not know which.
 """
 
 import ctypes
+import faulthandler
 import math
 import os
 import signal
-import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,64 +19,43 @@ from types import MethodType
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
 
 from packing import token_logprobs
-from runtime.models import load_model
+from runtime.models import load_model, read_config, without_weights
 
 STOPPED = 143  # exit code after SIGTERM, as shells report it
 COLLECTIVE_MINUTES = 30  # how long processes wait for one another before they give up
-FEW_PARAMETERS = 1_000_000  # below this, one CPU thread
+STANDSTILL_MINUTES = 20  # shorter, so that the process that the others wait for reports first
+FEW_PARAMETERS = 1_000_000  # below this, one CPU thread (scripts/bench_training.py threads)
+
+barrier = dist.barrier
 
 
 def main(run: Callable):
-    """Run a script as one process among others: all end together, and none waits in silence."""
+    """Run a script as one of several processes: if one fails, it ends at once and loudly."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # End with torchrun's agent, also when it is killed: else its workers would train on beside
-        # those of the next start. 1: PR_SET_PDEATHSIG.
+        # Die with the torchrun agent, even on SIGKILL; orphaned workers would keep training next to
+        # a restarted job. 1: PR_SET_PDEATHSIG.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    threading.Thread(target=report_standstill, daemon=True).start()
+    expect_progress()
     try:
         run()
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException:  # torch's checkpoints raise one that is no Exception
+    except BaseException:  # torch's CheckpointException is not an Exception
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # a normal exit may first wait for the others, who wait for this one
 
 
-def report_standstill(minutes: float = 10.0):
-    """Say where the main thread stands, whenever it has not moved for so long.
+def expect_progress():
+    """Print every thread's stack if this is not called again within STANDSTILL_MINUTES.
 
-    A process that computes is elsewhere at each look; one that hangs, or waits for it, is not.
+    faulthandler's watchdog needs no GIL, so it also reports a process stuck inside a collective.
     """
-    main_thread, still, before = threading.main_thread().ident, 0, None
-    while True:
-        time.sleep(minutes * 60 / 10)
-        stack = list(traceback.walk_stack(sys._current_frames()[main_thread]))
-        now = [(frame.f_code, frame.f_lasti) for frame, _ in stack]
-        still, before = (still + 1 if now == before else 0), now
-        if still and still % 10 == 0:
-            here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            ours = [
-                f"{f.f_code.co_name} ({os.path.basename(f.f_code.co_filename)}:{line})"
-                for f, line in stack
-                if f.f_code.co_filename.startswith(here)
-            ]
-            print(
-                f"WARNING process {rank()} of {world_size()} on {socket.gethostname()} has stood "
-                f"still for {still * minutes / 10:.3g} min in {' < '.join(ours)}",
-                file=sys.stderr,
-                flush=True,
-            )
-        del stack  # frames keep their tensors alive
+    faulthandler.dump_traceback_later(STANDSTILL_MINUTES * 60, repeat=True, file=2)
 
 
 def rank() -> int:
@@ -88,31 +66,26 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 @contextmanager
 def exit_on_bad_input():
     """Turn a ValueError inside into one line from each machine's first process, and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as e:
-        if local_rank() == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
 
 @contextmanager
 def together():
-    """Make a ValueError of one process one of all, so that nobody is left waiting."""
+    """Raise one process's ValueError on all of them, so that nobody is left waiting."""
     problem = None
     try:
         yield
     except ValueError as e:
         problem = str(e)
-    problems = [p for p in gather([problem]) if p]
-    if problems:
+    if problems := [p for p in gather([problem]) if p]:
         raise ValueError(problems[0])
 
 
@@ -120,9 +93,10 @@ _asked_to_stop: list[float] = []  # when SIGTERM came
 
 
 def note_sigterm():
-    """From now on SIGTERM (a scheduler's warning) is only noted; the second one ends at once.
+    """From now on SIGTERM (a scheduler's warning) is only noted; a second one ends the process.
 
-    torchrun passes on the signal that its whole group got already: within 5 s it is the same one.
+    Within 5 s it does not count as a second one: torchrun forwards a SIGTERM that its whole process
+    group has already received.
     """
 
     def note(*_):
@@ -136,7 +110,7 @@ def note_sigterm():
 
 
 def asked_to_stop() -> bool:
-    """Has any process got SIGTERM? The same answer on all, which must ask at the same point."""
+    """Has any process received SIGTERM? Collective: the same answer on all of them."""
     return any_process(bool(_asked_to_stop))
 
 
@@ -151,64 +125,50 @@ def check_machine(preset: str):
     """ValueError where this machine cannot run the preset as it was started."""
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and here > gpus:
-        raise ValueError(
-            f"{here} processes on a machine with {gpus} GPU(s): start with --nproc_per_node {gpus}"
-        )
+        raise ValueError(f"{here} processes for {gpus} GPU(s): start with --nproc_per_node {gpus}")
     if not gpus and preset != "miniature":
-        raise ValueError(
-            f"--preset {preset} needs GPUs and none is visible: check "
-            "CUDA_VISIBLE_DEVICES and the driver, or run the miniature"
-        )
+        fix = "check CUDA_VISIBLE_DEVICES and the driver, or run the miniature"
+        raise ValueError(f"--preset {preset} needs GPUs and none is visible: {fix}")
 
 
 def start() -> torch.device:
-    """Join the other processes (torchrun's variables, or a world of one); pick this one's device.
+    """Join the other processes (torchrun's variables, or a world of one); returns the device.
 
-    Must run before a vLLM engine is built: the engine joins the group that exists. And again after
-    one is closed, if anything collective is to follow: vLLM ends the group with itself. Calling it
-    twice does no harm.
+    Call it before building a vLLM engine, which joins the group that exists and ends it when it is
+    closed; call it again afterwards if anything collective follows. Calling it twice is harmless.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
+    for name, value in {**alone, "MASTER_PORT": "0"}.items():  # port 0: any free one
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:  # a world of one: any free port
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://"))
-        # A prefix of its own for each start: torchrun's store outlives a group that has ended, and
-        # still holds the addresses of its members.
+        # A prefix for each start: torchrun's store outlives a group, and still holds the addresses
+        # of its members.
         starts = store.add(f"starts-{rank()}", 1)
-        store = dist.PrefixStore(f"start-{starts}", store)
-        # One process may sample or verify longer than the others, but not by so much.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=store,
+            store=dist.PrefixStore(f"start-{starts}", store),
             rank=rank(),
             world_size=world_size(),
-            timeout=timedelta(minutes=COLLECTIVE_MINUTES),
+            timeout=timedelta(minutes=COLLECTIVE_MINUTES),  # sampling times differ, but not so much
         )
-    return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
 def stop():
+    faulthandler.cancel_dump_traceback_later()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def say(text: str):
-    """One line, from the first process."""
+    """Print one line from the first process."""
     if rank() == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def barrier():
-    dist.barrier()
 
 
 def share(items: list, group_size: int = 1) -> list:
@@ -231,20 +191,12 @@ def gather(items: list, group_size: int = 1) -> list:
 
 def broadcast(value):
     """The first process's value, on every process."""
-    if world_size() > 1:
-        box = [value]
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-        return box[0]
-    return value
+    return gather([value if rank() == 0 else None])[0]
 
 
 def any_process(flag: bool) -> bool:
     """Is the flag set on any process? The same answer on all."""
-    if world_size() == 1:
-        return flag
-    total = torch.tensor(int(flag))
-    dist.all_reduce(total)
-    return bool(total)
+    return any(gather([flag]))
 
 
 def all_finite(grad_norm: float, stats: list[dict]) -> bool:
@@ -254,16 +206,11 @@ def all_finite(grad_norm: float, stats: list[dict]) -> bool:
 
 
 def limit_threads(model_path: str):
-    """One CPU thread for a tiny model: a second brings little on an idle machine, and on a busy one
-    costs much. From 1M parameters on it pays (scripts/bench_training.py threads): then as many
-    as torch takes, all cores or OMP_NUM_THREADS (which torchrun sets to 1 for several processes,
-    unless it is set)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """One CPU thread for a tiny model: a second brings little, and on a busy machine costs much.
 
-    with torch.device("meta"):  # counts without memory
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config)
-    if model.num_parameters() < FEW_PARAMETERS:
+    To be called before the sampler is made: once vLLM runs, it has no effect.
+    """
+    if without_weights(read_config(model_path)).num_parameters() < FEW_PARAMETERS:
         torch.set_num_threads(1)
 
 
@@ -273,38 +220,35 @@ def load_policy(model_path: str, device: torch.device):
     `model.token_logprobs(row, temperature)` is the one forward that training needs. It is
     registered with FSDP: calling a part of a sharded model directly would find it still sharded.
     """
-    from transformers import AutoConfig
-
     gpu = device.type == "cuda"
     model = load_model(model_path, torch.float32, "flex_attention" if gpu else "sdpa").to(device)
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    model.dtype_on_disk = config.dtype or torch.float32
+    model.dtype_on_disk = read_config(model_path).dtype or torch.float32
     return make_trainable(model, gpu)
 
 
 def make_trainable(model, gpu: bool, mesh=None):
     """Recomputation, the forward of training, and shards over `mesh` (None: over all processes)."""
     if gpu:
-        # Recompute activations in backward: a tree of 10k tokens keeps only its layer inputs. HF's
-        # own checkpointing leaves the parameter names alone, a wrapper would not.
+        # Recompute activations in backward: a tree of 10k tokens keeps only its layer inputs.
+        # Hugging Face's checkpointing leaves the parameter names alone; a wrapper would not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     model.token_logprobs = MethodType(token_logprobs, model)
     if world_size() > 1 or gpu:  # on one GPU for the mixed precision
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-        precision = MixedPrecisionPolicy(**(half if gpu else {}))
+        precision = fsdp.MixedPrecisionPolicy(**(half if gpu else {}))
         for layer in model.get_decoder().layers:
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(model, mesh=mesh, mp_policy=precision)
+            fsdp.fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fsdp.fully_shard(model, mesh=mesh, mp_policy=precision)
         # A process whose rows hold no trained token does not use an untied head; the others do.
         model.set_reduce_scatter_unused_params(True)
-        register_fsdp_forward_method(model, "token_logprobs")
+        fsdp.register_fsdp_forward_method(model, "token_logprobs")
     return model
 
 
 def accumulate(model, last: bool):
     """Reduce gradients over processes only in the last micro-batch of an update."""
-    if isinstance(model, FSDPModule):
+    if isinstance(model, fsdp.FSDPModule):
         model.set_requires_gradient_sync(last)
 
 

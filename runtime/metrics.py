@@ -69,6 +69,7 @@ def log_step(c, run, step: Step):
 
     FloatingPointError on all of them after MAX_SKIPPED updates in a row that were not applied.
     """
+    distributed.expect_progress()
     sums = [{k: float(v) for k, v in s.items()} for u in step.updates for s in u.sums]
     sums, graded = distributed.gather(sums), distributed.gather([run.verifier.take_stats()])
     for u in step.updates:

@@ -1,200 +1,141 @@
-"""What is in a run's directory, and who may write there?
+"""The directory of a run: one run at a time, and logs that a crash at any point leaves readable."""
 
-One run at a time: a lock says whose it is. Files and directories are written beside their place,
-synced to disk and renamed, so a kill at any point leaves the old or the new; `begin` clears away
-what it left half done.
-"""
-
-import errno
-import fcntl
+import contextlib
 import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import socket
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from runtime.distributed import broadcast, rank, say, together
+
+STEP = "step-" + 8 * "[0-9]"  # the name of a checkpoint
 
 
 def sync(path: Path):
-    """Onto the disk before it gets its name: a rename can outrun the data through a power cut."""
-    for p in (*path.rglob("*"), path) if path.is_dir() else (path,):
-        descriptor = os.open(p, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    """Force a file's content, or a directory's list of names, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write(path: Path, text: str):
-    """A file's new content. A kill at any point leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    sync(partial)
-    partial.rename(path)
+    """Replace a file's content atomically: a crash leaves the old content or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    sync(temporary)  # before the rename, which a power cut can let overtake the data
+    os.replace(temporary, path)
+    sync(path.parent)
 
 
-def fresh(path: Path) -> Path:
-    """An empty directory at `path`, whatever was there."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return path
-
-
-def replace(partial: Path, path: Path):
-    """Give a completely written directory its final name. A kill at any point leaves the old one
-    (perhaps as *.old, which `sweep` names back) or the new one."""
-    sync(partial)
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove(path: Path):
-    """Renamed first: killed in the middle, no half directory stays under a good name."""
-    removed = path.rename(path.with_name(path.name + ".removed"))
-    shutil.rmtree(removed)
-
-
-def sweep(output_dir: Path):
-    """Clear away what a kill left of `write`, `replace` and `remove`; no other file is touched."""
-    for path in [
-        p
-        for pattern in ("model.*", "*.json*.partial", "*/step-????????*.*")
-        for p in output_dir.glob(pattern)
-    ]:
-        if path.suffix == ".old" and not path.with_suffix("").exists():
-            path.rename(path.with_suffix(""))
-        elif path.suffix in (".partial", ".removed", ".old"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(*values) -> str:
-    """Of plain values; dataclasses and bytes count by their repr."""
+    """SHA-256 of plain values as JSON; dataclasses and bytes count by their repr."""
     return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
 
 
-def enter(output_dir: Path, resume: str):
-    """Take the run's directory; it is this run's for as long as the returned file is open.
+def enter(output_dir: Path, resume: str) -> FileLock | None:
+    """Lock the directory for this run; returns the first process's lock, None elsewhere.
 
-    The kernel lets go of the lock when the first process ends, however it ends.
+    The kernel releases it when the first process ends, however it ends. ValueError where another
+    run has the directory, where it cannot be written, and where a process sees another one.
     """
-    file, token = None, f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(4)}"
-    token = broadcast(token)
+    owner = output_dir / "owner"
+    token = broadcast(f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(4)}")
     with together():
-        if rank() == 0:
-            file = _lock(output_dir, token)
-            if not resume and (output_dir / "config.json").exists():
-                raise ValueError(
-                    f"--output-dir {output_dir} holds another run: choose a new one, "
-                    "or continue it with --resume auto"
-                )
-            if resume not in ("", "auto") and not Path(resume).is_dir():
-                raise ValueError(
-                    f"--resume {resume} is no complete checkpoint (no directory): "
-                    "pass --resume auto, or a directory named step-*"
-                )
+        lock = _lock(output_dir, owner, resume, token) if rank() == 0 else None
     with together():
-        seen = output_dir / "lock"
-        if not seen.is_file() or seen.read_text() != token:
+        if not owner.is_file() or owner.read_text() != token:
             raise ValueError(
-                f"--output-dir {output_dir} on {socket.gethostname()} is not the one "
-                "of the first process: choose one on a file system that all share"
+                f"--output-dir {output_dir} on {socket.gethostname()} is not the one of the first "
+                "process: choose one on a file system that all processes share"
             )
-    return file
+    return lock
 
 
-def _lock(output_dir: Path, token: str):
+def _lock(output_dir: Path, owner: Path, resume: str, token: str) -> FileLock:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        file = (output_dir / "lock").open("a+")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = (output_dir / "lock").read_text() or "?"
-        raise ValueError(
-            f"--output-dir {output_dir} is in use by another run ({owner}): wait for "
-            "it, end it, or choose a new one"
-        ) from None
-    except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise ValueError(
-                f"--output-dir {output_dir} cannot be written ({e.strerror}): choose "
-                "a directory that can"
-            ) from None
-        say(f"WARNING {output_dir} has no locks ({e.strerror}): never start a second run in it")
-    file.truncate(0)
-    file.write(token)
-    file.flush()
-    os.fsync(file.fileno())
-    return file
+        lock = FileLock(output_dir / "lock", timeout=0)
+        lock.acquire()
+        write(owner, token)
+        if resume or not (output_dir / "config.json").exists():
+            return lock
+        problem = "holds another run: continue it with --resume auto, or"
+    except Timeout:
+        name = owner.read_text() if owner.is_file() else "not known"
+        problem = f"is in use by another run ({name}):"
+    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+        problem = f"cannot be written or locked ({getattr(e, 'strerror', None) or e}):"
+    raise ValueError(f"--output-dir {output_dir} {problem} choose another directory")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints, complete but perhaps damaged since, oldest first."""
-    paths = (output_dir / "checkpoints").glob("step-*")
-    return sorted(p for p in paths if re.fullmatch(r"step-\d{8}", p.name))
+    """Completely written checkpoints (they have a run.json), oldest first."""
+    return sorted(p.parent for p in (output_dir / "checkpoints").glob(f"{STEP}/run.json"))
 
 
-def begin(output_dir: Path, checkpoint: Path | None, first_step: int) -> list[dict]:
-    """Ready the directory for a start there; returns the evaluations so far.
+def remove(checkpoint: Path):
+    """Delete run.json first, so that no half of a checkpoint passes for a whole one."""
+    (checkpoint / "run.json").unlink(missing_ok=True)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
 
-    The logs keep what lies before the first step: the rest is done again. Of a checkpoint from
-    another directory, the history comes along.
+
+def prune(output_dir: Path, step: int, keep: int):
+    """Delete incomplete checkpoints, and all but the newest `keep` complete ones up to `step`.
+
+    A later one is there only if it is damaged and was skipped: it must not push out a good one.
     """
-    sweep(output_dir)
-    for path in checkpoints(output_dir):
-        if int(path.name[-8:]) > first_step:  # or it would pass for the newest of this run
-            path.rename(fresh(path.with_name(path.name + ".abandoned")))
-            say(f"renamed {path} to {path.name}.abandoned: this run starts before it")
+    complete = checkpoints(output_dir)
+    stale = [path for path in complete if int(path.name[-8:]) <= step][:-keep]
+    for path in (output_dir / "checkpoints").glob(STEP):
+        if path in stale or path not in complete:
+            remove(path)
+
+
+def begin(output_dir: Path, checkpoint: Path | None, first_step: int, keep: int) -> list[dict]:
+    """Make the directory ready for a start at `first_step`; returns the evaluations before it.
+
+    The logs are cut there, since the rest is computed again. A checkpoint from another run's
+    directory brings that run's logs along.
+    """
+    prune(output_dir, first_step, keep)  # what a kill left
     source = output_dir
     if checkpoint and not (output_dir / "evals.jsonl").exists():  # written last, below
         source = checkpoint.resolve().parents[1]
-    first_evaluation = first_step + 1 if checkpoint else 0  # the checkpoint's own step has one
-    for name, first in (
-        ("metrics.jsonl", first_step),
-        ("samples.jsonl", first_step),
-        ("evals.jsonl", first_evaluation),
-    ):
-        kept = [line for line in read_lines(source / name) if line["step"] < first]
-        write(output_dir / name, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+    first_evaluation = first_step + 1 if checkpoint else 0  # its own step's came before it
+    firsts = {"metrics": first_step, "samples": first_step, "evals": first_evaluation}
+    for name, first in firsts.items():
+        lines = [x for x in read_lines(source / f"{name}.jsonl") if x["step"] < first]
+        write(output_dir / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    return lines
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a log, those that a crash or a disk spoiled dropped with a count."""
-
-    def parsed(line: bytes) -> dict | None:
-        try:
+    """The lines of a log; those that a crash or a disk spoiled are dropped with a count."""
+    good, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             value = json.loads(line)
-            return value if isinstance(value["step"], int) else None
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return None
-
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    good = [value for line in lines if (value := parsed(line))]
+            if isinstance(value["step"], int):
+                good.append(value)
     if len(good) < len(lines):
         say(f"WARNING {path}: dropped {len(lines) - len(good)} line(s) that cannot be read")
     return good
 
 
-def drop_covered(output_dir: Path, keep: int):
-    """Delete all checkpoints but the newest `keep`. For the first process alone."""
-    for stale in checkpoints(output_dir)[:-keep]:
-        remove(stale)
-
-
 def without_nan(value):
-    """nan as null, all the way down: JSON has no nan, and strict readers refuse it."""
+    """nan and infinity as null, all the way down: JSON has neither, and strict readers refuse."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

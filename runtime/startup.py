@@ -45,7 +45,7 @@ class Run(Opened):
     """What the loop needs besides engine, model and optimizer."""
 
     dir: Path
-    lock: object  # the directory is this run's until it is closed
+    lock: object  # the directory is this run's until it is released
     device: torch.device
     questions: list
     steps: int
@@ -61,9 +61,11 @@ class Run(Opened):
 
     def close(self):
         """End the graders and the log, and let go of the directory."""
-        for part in (self.verifier, self.logger, self.bar, self.lock):
+        for part in (self.verifier, self.logger, self.bar):
             if part is not None:
                 part.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def open_model(
@@ -181,7 +183,7 @@ def load(c: Config, run: Run):
     """
     device, first = run.device, distributed.rank() == 0
     if first:
-        run.history = rundir.begin(run.dir, run.checkpoint, run.first_step)
+        run.history = rundir.begin(run.dir, run.checkpoint, run.first_step, c.keep_checkpoints)
         if c.model == "miniature":
             arithmetic.load_or_write_base(Path("runs"), c.seed)
     run.history = distributed.broadcast(run.history)
@@ -193,7 +195,7 @@ def load(c: Config, run: Run):
     if c.model == "miniature":
         path = str(arithmetic.base_path(Path("runs"), c.seed))
     if device.type == "cpu":
-        distributed.limit_threads(path)  # before the engine: once vLLM runs it does nothing
+        distributed.limit_threads(path)
     engine = make_engine(c.engine, path, device, run.longest, c.tensor_parallel_size, c.kv_cache_gb)
     torch.manual_seed(c.seed)  # after the engine, whose start reseeds; nothing below draws
     model = distributed.load_policy(path, device)

@@ -1,16 +1,14 @@
 """Kill a run anywhere, go on with --resume auto, and compare with a run that nobody disturbed.
 
-    python scripts/kill_anywhere.py                      every file operation, and 20 moments
-    python scripts/kill_anywhere.py --every 7 --random 3 a sample of them
+    python scripts/kill_anywhere.py                       every file operation, and 20 moments
+    python scripts/kill_anywhere.py --every 7 --random 3  a sample of them
 
 The points are all file operations (open for writing, fsync, rename, remove, mkdir, rmdir) that the
-first process makes in its output directory, each by its number and name, and random moments; the
-signals SIGKILL and SIGTERM; on 1 and 2 processes. A point passes when after one resume metrics,
-evaluations and the final model are those of the undisturbed run, to the bit, and nothing half done
-is left in the directory. Exit code 1 if one does not.
-
-Processes are forked from here, so that each need not import torch anew, and this script plays
-torchrun: when one process dies, it ends the others.
+first process makes in its output directory, and random moments; the signals SIGKILL and SIGTERM; on
+1 and 2 processes. They are tried in random order, so that a systematic failure shows early. A point
+passes when after one resume metrics, evaluations, checkpoints and the final model are those of the
+undisturbed run, to the bit, and nothing temporary is left in the directory. Exit code 1 if one does
+not.
 """
 
 import argparse
@@ -19,9 +17,9 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +41,7 @@ from transformers import (  # noqa: F401
 import train
 from runtime import distributed
 from runtime.config import parse
+from scripts.ranks import run_ranks
 from tasks import arithmetic
 
 # Step 0 to 4 with a checkpoint after steps 1, 2 and 4: one is deleted, one replaced by nothing.
@@ -83,52 +82,20 @@ def watch(directory: Path, log: Path | None, kill_at: int, number: int):
     sys.addaudithook(hook)
 
 
-def launch(
-    args: list[str], processes: int, out: Path, log=None, kill_at=0, number=0, after: float = 0.0
-) -> list[int]:
-    """Run train.py's main on so many forked processes; returns their exit codes (minus signal)."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        if pid := os.fork():
-            children.append(pid)
-            continue
-        code = 1
-        try:
-            quiet = os.open(out.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(quiet, 1)
-            os.dup2(quiet, 2)
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-            }
-            if rank == 0:
-                watch(out, log, kill_at, number)
-            distributed.main(lambda: train.train(parse(args)))
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        finally:
-            os._exit(code)
-    codes, due = {}, time.monotonic() + after
-    while len(codes) < processes:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            if codes[pid] not in (0, distributed.STOPPED):
-                for other in set(children) - set(codes):
-                    os.kill(other, signal.SIGKILL)
-        elif after and time.monotonic() > due:
-            after = 0.0
-            for child in set(children) - set(codes):
-                os.kill(child, number)
-        time.sleep(0.01)
-    return [codes[child] for child in children]
+def launch(args: list[str], processes: int, out: Path, log=None, kill_at=0, number=0, after=0.0):
+    """Run train.py's main on forked processes; returns their exit codes (minus a signal).
+
+    Signal `number` goes to the first before file operation `kill_at`, or to all `after` seconds.
+    """
+
+    def run(rank: int):
+        if after:
+            threading.Timer(after, os.kill, (os.getpid(), number)).start()
+        if rank == 0:
+            watch(out, log, kill_at, number)
+        distributed.main(lambda: train.train(parse(args)))
+
+    return run_ranks(run, processes, out.parent / "output.txt")
 
 
 def result(out: Path) -> dict:
@@ -140,15 +107,13 @@ def result(out: Path) -> dict:
             for line in (out / name).read_text().splitlines()
         ]
 
-    odd = [p.name for p in out.rglob("*") if p.suffix in (".partial", ".old", ".removed")]
     return {
         "metrics": lines("metrics.jsonl"),
         "evaluations": lines("evals.jsonl"),
         "eval.json": json.loads((out / "eval.json").read_text()),
-        "left over": odd,
+        "left over": [p.name for p in out.rglob("*.tmp")],
         "model": (out / "model" / "model.safetensors").read_bytes(),
         "checkpoints": sorted(p.name for p in (out / "checkpoints").iterdir()),
-        "rollouts": sorted(p.name for p in (out / "rollouts").iterdir()),
     }
 
 
@@ -160,48 +125,39 @@ def main():
     a = a.parse_args()
     work = Path(tempfile.mkdtemp(prefix="kill-anywhere-"))
     arithmetic.WARM_START |= {"steps": 100, "batch": 32}
-    if (child := os.fork()) == 0:  # torch's threads would not survive a later fork
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        arithmetic._write_base(work / "base", 0)
-        os._exit(0)
-    os.waitpid(child, 0)
+    # In a fork, because torch's threads would not survive a later one.
+    codes = run_ranks(lambda _: arithmetic._write_base(work / "base", 0), 1, work / "output.txt")
+    assert codes == [0], (work / "output.txt").read_text()[-3000:]
     rng, failed, tried, begin = random.Random(0), 0, 0, time.time()
     for processes in a.processes:
-        whole, log = work / f"whole-{processes}", work / f"operations-{processes}.txt"
+        whole, broken, log = work / f"whole-{processes}", work / "broken", work / "operations.txt"
         args = ["--model", str(work / "base"), *FLAGS]
+        log.unlink(missing_ok=True)
         start = time.monotonic()
         codes = launch([*args, "--output-dir", str(whole)], processes, whole, log)
         seconds = time.monotonic() - start
         assert codes == [0] * processes, (work / "output.txt").read_text()[-3000:]
         wanted, operations = result(whole), log.read_text().splitlines()
-        print(
-            f"{processes} process(es): {len(operations)} file operations, {seconds:.0f} s",
-            flush=True,
-        )
-        points = [
-            (f"before {i}: {operations[i - 1]}", {"kill_at": i})
-            for i in range(1, len(operations) + 1, a.every)
-        ]
-        points += [
-            (f"after {t:.2f} s", {"after": t})
-            for t in (rng.uniform(0.1, seconds) for _ in range(a.random))
-        ]
-        for number in (signal.SIGKILL, signal.SIGTERM):
-            for name, where in points:
-                out = work / "broken"
-                shutil.rmtree(out, ignore_errors=True)
-                there = [*args, "--output-dir", str(out)]
-                first = launch(there, processes, out, number=number, **where)
-                then = launch([*there, "--resume", "auto"], processes, out)
-                got = result(out) if then == [0] * processes else {}
-                different = [k for k in wanted if got.get(k) != wanted[k]]
-                tried, failed = tried + 1, failed + bool(different)
-                if different:
-                    print(
-                        f"FAILED {number.name} {name}: exit codes {first}, then {then}; "
-                        f"different: {different}",
-                        flush=True,
-                    )
+        counts = f"{len(operations)} file operations, {seconds:.0f} s"
+        print(f"{processes} process(es): {counts}", flush=True)
+        moments = [rng.uniform(0.1, seconds) for _ in range(a.random)]
+        points = [(f"after {t:.2f} s", {"after": t}) for t in moments]
+        for i in range(1, len(operations) + 1, a.every):
+            points.append((f"before {i}: {operations[i - 1]}", {"kill_at": i}))
+        signals = (signal.SIGKILL, signal.SIGTERM)
+        points = [(name, where | {"number": n}) for name, where in points for n in signals]
+        rng.shuffle(points)
+        for name, where in points:
+            shutil.rmtree(broken, ignore_errors=True)
+            args_broken = [*args, "--output-dir", str(broken)]
+            first = launch(args_broken, processes, broken, **where)
+            then = launch([*args_broken, "--resume", "auto"], processes, broken)
+            got = result(broken) if then == [0] * processes else {}
+            different = [k for k in wanted if got.get(k) != wanted[k]]
+            tried, failed = tried + 1, failed + bool(different)
+            if different:
+                codes = f"exit codes {first}, then {then}; different: {different}"
+                print(f"FAILED {where['number'].name} {name}: {codes}", flush=True)
     print(
         f"{tried - failed} of {tried} points resumed to the undisturbed run, to the bit "
         f"({time.time() - begin:.0f} s; {work})"

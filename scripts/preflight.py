@@ -73,8 +73,8 @@ def main(args: list[str]) -> bool:
     train.make_grader = every_other_grader
     train.train(c)
     first, second = metrics_of(out)
-    if distributed.rank() == 0:  # kept rollouts would be trained on again, not sampled again
-        shutil.rmtree(out / "rollouts", ignore_errors=True)
+    if distributed.rank() == 0:  # a run does not go back behind its newest checkpoint
+        shutil.rmtree(out / "checkpoints" / "step-00000002")
     train.train(replace(c, resume=str(out / "checkpoints" / "step-00000001")))
     _, again = metrics_of(out)
 
