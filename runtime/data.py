@@ -62,9 +62,9 @@ def load_rows(
 ) -> tuple[list[tuple[str, object]], int]:
     """(question, ground_truth) rows of a file, a named set or the miniature's `split`, and a count.
 
-    The count is of rows dropped because their ground truth is None or blank: no answer could ever
-    score. A user's own reward function may not need one (need_ground_truth False): all are kept.
-    ValueError names the file, the row and the fix.
+    The count is of rows dropped for a ground truth of None or blank, which no answer could match;
+    with need_ground_truth False (a reward function of the user's own) all are kept. ValueError
+    names the file, the row and the fix.
     """
     if source == "miniature":
         return arithmetic.make_rows(split, MINIATURE_ROWS[split]), 0
@@ -103,7 +103,6 @@ def _row(record, question_field: str, answer_field: str, need_ground_truth: bool
     question, truth = record[question_field], record.get(answer_field)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{question_field!r} is not a text: {str(question)[:60]!r}")
-    truth = truth.tolist() if isinstance(truth, np.ndarray) else truth
     truth = format(truth, "f") if isinstance(truth, Decimal) else truth  # parquet's decimals
     try:
         f"{question}{truth}".encode()
@@ -223,14 +222,13 @@ def make_questions(rows: list[tuple], tokenizer, c: Config) -> tuple[list[Questi
         problem = f"--prompt-template {c.prompt_template!r} has no {{question}} in it"
         raise ValueError(f"{problem}: all prompts would be the same")
     questions, dropped, options = [], 0, chat_options(c.chat_template_args)
+    options |= {"add_generation_prompt": True, "tokenize": False}
     system = [{"role": "system", "content": c.system_prompt}] * bool(c.system_prompt)
     for text, truth in rows:
         # Not str.format: questions and templates are full of braces of their own.
         user = {"role": "user", "content": c.prompt_template.replace("{question}", text)}
         try:
-            rendered = tokenizer.apply_chat_template(
-                [*system, user], add_generation_prompt=True, tokenize=False, **options
-            )
+            rendered = tokenizer.apply_chat_template([*system, user], **options)
         except Exception as e:  # jinja's own, or none at all
             problem = f"the chat template of {tokenizer.name_or_path} does not work"
             raise ValueError(f"{problem} ({first_line(e)}): repair or add it") from None
@@ -243,15 +241,14 @@ def make_questions(rows: list[tuple], tokenizer, c: Config) -> tuple[list[Questi
         else:
             dropped += 1
     if not questions:
-        longer = f"longer than max_prompt_tokens = {c.max_prompt_tokens}"
-        raise ValueError(f"all {dropped} prompts are {longer}: raise it")
+        limit = f"max_prompt_tokens = {c.max_prompt_tokens}"
+        raise ValueError(f"all {dropped} prompts are longer than {limit}: raise it")
     return questions, dropped
 
 
 def load_questions(source: str, tokenizer, c: Config, split: str, limit: int = 0):
     """The first `limit` (0: all) questions of a source, and a line that counts the dropped."""
-    needed = c.reward == "math"
-    rows, invalid = load_rows(source, c.question_field, c.answer_field, split, needed)
+    rows, invalid = load_rows(source, c.question_field, c.answer_field, split, c.reward == "math")
     questions, overlong = make_questions(rows[: limit or None], tokenizer, c)
     longer = f"{overlong} longer than {c.max_prompt_tokens} prompt tokens"
     dropped = f"{invalid} dropped without a ground truth, {longer}"

@@ -319,8 +319,7 @@ class VllmEngine:
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": passing_through()})
         if missing:  # vLLM only logs these
             raise RuntimeError(f"weights never synced: {sorted(missing)[:5]}")
-        # Cached keys and values are the old policy's; kept, they are served silently to prompts
-        # seen before.
+        # The old policy's keys and values would be served silently to prompts seen before.
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: old and new policy would mix")
         self.version = version

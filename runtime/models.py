@@ -82,8 +82,7 @@ def check_model(model: str, config, vocabulary: int, train: bool):
 def load_model(path: str, dtype: torch.dtype, attention: str):
     """The model with its weights, on the CPU. `attention`: transformers' attn_implementation.
 
-    ValueError where weights are damaged, of another shape than the config says, or missing, which
-    transformers would fill with random numbers.
+    ValueError where weights are damaged, missing or of another shape than the config says.
     """
     # Safetensors alone: a pickle can hold code, and model_digest does not cover it.
     settings = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
@@ -93,7 +92,7 @@ def load_model(path: str, dtype: torch.dtype, attention: str):
             path, trust_remote_code=False, **settings
         )
         wrong = [*sorted(info["missing_keys"]), *(name for name, *_ in info["mismatched_keys"])]
-        if wrong:
+        if wrong:  # transformers only warns, and fills them with random numbers
             raise ValueError(f"{len(wrong)} weights missing or of another shape ({wrong[0]}, ...)")
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as e:
         raise ValueError(f"{path} does not load ({first_line(e)}): check it or get it again") from e
