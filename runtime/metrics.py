@@ -19,7 +19,6 @@ import brpo
 from runtime import distributed, rundir
 from runtime.checkpoint import last_good
 from runtime.plots import curve_lines, draw_curves
-from runtime.rundir import without_nan
 from runtime.watch import example_lines, readable
 from tasks.verifier import LOUD_FAILURE_SHARE, failure_share
 
@@ -76,11 +75,11 @@ def log_step(c, run, step: Step):
         run.skipped = 0 if u.applied else run.skipped + 1
     if distributed.rank() == 0:
         m = metrics_of(c, step, sums, graded)
-        few = step.rollouts[:: c.num_rollouts][:SAMPLES_PER_STEP]
-        texts = [readable(r, c.budget_prior.budgets, run.tokenizer) for r in few]
-        append(run.dir / "metrics.jsonl", without_nan(m))
-        append(run.dir / "samples.jsonl", *({"step": step.number, **text} for text in texts))
-        run.logger.log(step.number, without_nan(m))
+        append(run.dir / "metrics.jsonl", rundir.without_nan(m))
+        run.logger.log(step.number, rundir.without_nan(m))
+        for r in step.rollouts[:: c.num_rollouts][:SAMPLES_PER_STEP]:
+            text = readable(r, c.budget_prior.budgets, run.tokenizer)
+            append(run.dir / "samples.jsonl", {"step": step.number, **text})
         run.bar.update()
         say(
             f"step {step.number:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
@@ -91,15 +90,13 @@ def log_step(c, run, step: Step):
         for warning in warnings(c, m, step):
             say(f"WARNING step {step.number}: {warning}")
     if run.skipped >= MAX_SKIPPED:
-        raise FloatingPointError(
-            f"{run.skipped} updates in a row had a nan or an infinity. " + last_good(run.dir)
-        )
+        problem = f"{run.skipped} updates in a row had a nan or an infinity. "
+        raise FloatingPointError(problem + last_good(run.dir))
 
 
-def append(path: Path, *objects: dict):
-    """One line of JSON each."""
+def append(path: Path, line: dict):
     with path.open("a") as f:
-        f.writelines(json.dumps(o) + "\n" for o in objects)
+        f.write(json.dumps(line) + "\n")
 
 
 def metrics_of(c, step: Step, sums: list[dict], graded: list[dict]) -> dict:
@@ -181,25 +178,18 @@ class Logger:
 
             where = {"name": output_dir.name, "dir": str(output_dir)}
             self.run = wandb.init(project="anytime-reasoner", config=config, **where)
-            self.image = wandb.Image
         elif self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             self.run = SummaryWriter(str(output_dir / "tensorboard"))
 
-    def log(self, step: int, values: dict, picture: Path | None = None):
+    def log(self, step: int, values: dict):
         values = flat({k: v for k, v in values.items() if k != "step"})
         if self.kind == "wandb":
-            images = {"anytime_curve": self.image(str(picture))} if picture else {}
-            self.run.log(values | images, step=step)
+            self.run.log(values, step=step)
         elif self.kind == "tensorboard":
             for name, value in values.items():
                 self.run.add_scalar(name, value, step)
-            if picture:
-                from matplotlib.pyplot import imread
-
-                self.run.add_image("anytime_curve", imread(picture), step, dataformats="HWC")
-            self.run.flush()
 
     def close(self):
         if self.kind != "none":
@@ -210,8 +200,7 @@ def flat(values: dict) -> dict[str, float]:
     """Numbers alone: a list becomes key/1, key/2, ...; a dict key/name. None and text are left."""
     out = {}
     for key, value in values.items():
-        if isinstance(value, list):
-            value = {str(i): v for i, v in enumerate(value, 1)}
+        value = dict(enumerate(value, 1)) if isinstance(value, list) else value
         if isinstance(value, dict):
             out |= {f"{key}/{name}": v for name, v in flat(value).items()}
         elif isinstance(value, (int, float)):
@@ -233,10 +222,9 @@ def log_evaluation(run, step: int, curve: dict):
     before, after = before_and_after(run.history)
     append(run.dir / "evals.jsonl", after)
     rundir.write(run.dir / "eval.json", json.dumps({**after, "before": before}, indent=1))
-    picture = run.dir / "anytime_curve.png"
-    draw_curves({f"step {e['step']}": e for e in (before, after)}, picture)
+    draw_curves({f"step {e['step']}": e for e in (before, after)}, run.dir / "anytime_curve.png")
     logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
-    run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, picture)
+    run.logger.log(step, {"eval": {k: curve[k] for k in logged}})
     anytime, final = curve["anytime_accuracy"], curve["final_accuracy"]
     say(f"step {step:4d}  evaluation: anytime {anytime:.3f}  final {final:.3f}")
 

@@ -43,16 +43,14 @@ def labels_of(models: tuple[str, ...]) -> dict[str, str]:
 
 
 def pyplot():
-    """matplotlib's, on a machine without a display; imported only by who draws."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """matplotlib.pyplot without a display, imported only where something is drawn."""
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     return plt
 
 
-def draw_curves(curves: dict[str, dict], path: Path, title: str = "", band: str = QUESTIONS):
+def draw_curves(curves: dict[str, dict], path: Path, band: str = QUESTIONS):
     """Accuracy over thinking budget as a PNG, 720 points wide: the mean over sets, then each set.
 
     `band` says in the picture what "stderr" holds.
@@ -70,7 +68,7 @@ def draw_curves(curves: dict[str, dict], path: Path, title: str = "", band: str 
         axes = parts[0].add_subplot()
         _draw_lines(axes, curves if small else _of_set(curves, names[0]), colours)
         what = f"mean of {len(names)} sets" if small else names[0]
-        title = title or f"Accuracy when thinking is cut short{what and f' ({what})'}"
+        title = f"Accuracy when thinking is cut short{what and f' ({what})'}"
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
         band += "; in brackets: questions" if small else ""
         axes.text(0, 1.025, band, transform=axes.transAxes, fontsize=8, color="#666666")
@@ -100,8 +98,8 @@ def _draw_lines(axes, curves: dict[str, dict], colours: dict[str, str]):
         x, y, colour = curve["budgets"], np.array(curve["accuracy"]), colours[label]
         error = np.array(curve.get("stderr", 0 * y))
         axes.fill_between(x, y - error, y + error, color=colour, alpha=0.18, linewidth=0)
-        size = 3.5 if len(y) <= 12 else 0
-        axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=size, clip_on=False)
+        dots = 3.5 if len(y) <= 12 else 0
+        axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=dots, clip_on=False)
         ends += [min(y - error), max(y + error)]
     bottom, top = min(ends), max(ends)
     margin = max(0.06 * (top - bottom), 0.01)

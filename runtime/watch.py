@@ -11,7 +11,7 @@ from tasks.verifier import extract_answer
 def ask(engine, question, sampling: Sampling, opened, label: str = "", out=None):
     """Sample one trace of `question` and an answer at each budget; print both as they come.
 
-    The same tokens as sample 0 of question 0 in an evaluation of the same seed and budgets.
+    The tokens are those of sample 0 of question 0 in an evaluation of the same seed and budgets.
     """
     if isinstance(engine, PlainEngine):
         engine.one_token_steps = True
@@ -31,8 +31,8 @@ class Watched:
         self.engine, self.add, self.has_work = engine, engine.add, engine.has_work
         self.trace_id, self.budgets = Rollout(question, 0).id, budgets
         self.tokenizer, self.out, self.thinking = tokenizer, out, []
-        self.answers: dict[int, str] = {}  # by budget index
-        self.printed, self.budget_index = "", 0  # the trace so far; the next budget to print
+        self.answers, self.printed = {}, ""  # {budget index: answer}; the part of the trace
+        self.budget_index = 0  # the next one whose answer is to be printed
 
     def step(self):
         outputs = self.engine.step()
@@ -50,14 +50,13 @@ class Watched:
         """Print the trace up to the next budget, its answer if it is complete, and go on."""
         while self.budget_index < len(self.budgets):
             budget = self.budgets[self.budget_index]
-            text = self.tokenizer.decode(self.thinking[:budget])
-            text = text.rstrip("\ufffd")  # a character whose other tokens are still to come
+            seen = self.thinking[:budget]
+            text = self.tokenizer.decode(seen).rstrip("\ufffd")  # no part of a character
             print(text[len(self.printed) :], end="", file=self.out, flush=True)
             self.printed = text
             if self.budget_index not in self.answers:
                 return
-            seen = min(budget, len(self.thinking))
-            after = f"{budget} tokens" + ("" if seen == budget else f" (the trace has {seen})")
+            after = f"{budget} tokens" + f" (the trace has {len(seen)})" * (len(seen) < budget)
             bold, plain = ("\033[1m", "\033[0m") if self.out.isatty() else ("", "")
             line = f"{bold}after {after}: {self.answers[self.budget_index]}{plain}"
             print(f"\n    {line}", file=self.out, flush=True)
@@ -88,7 +87,7 @@ def example_lines(example: dict, width: int = 60) -> list[str]:
         text = " ".join(text.split())
         return text if len(text) <= width else "…" + text[1 - width :]
 
-    longest = min(width, max(len(flat(cut["thinking"], width)) for cut in example["cuts"]))
+    longest = max(len(flat(cut["thinking"], width)) for cut in example["cuts"])
     return [
         f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
         f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"
