@@ -87,7 +87,7 @@ def remembered_math_verify():
     @functools.cache
     def compare(truth, box):
         future = Future()
-        worker._ask(json.dumps([truth, box]), future.set_result)
+        worker._enqueue(json.dumps([truth, box]), future.set_result)
         return future.result() == "True"  # a timeout or a death is a 0
 
     return compare
@@ -95,7 +95,7 @@ def remembered_math_verify():
 
 def work():
     rules._limit_worker()
-    rules.serve(
+    rules.serve_worker(
         lambda line: str(rules._math_verify(*json.loads(line))) if line else "ready",
         int(sys.argv[2]),
     )
