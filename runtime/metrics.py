@@ -1,4 +1,4 @@
-"""What does a step tell us? One line on the terminal, one object in metrics.jsonl.
+"""What a step and an evaluation report: a line on the terminal, an object in metrics.jsonl.
 
 docs/metrics.md explains each key: what it is, and which values are healthy.
 """
@@ -18,8 +18,7 @@ from tqdm import tqdm
 import brpo
 from runtime import distributed, rundir
 from runtime.checkpoint import last_good
-from runtime.plots import draw_curves
-from runtime.rundir import without_nan
+from runtime.plots import curve_lines, draw_curves
 from runtime.watch import example_lines, readable
 from tasks.verifier import LOUD_FAILURE_SHARE, failure_share
 
@@ -27,7 +26,8 @@ MAX_SKIPPED = 5  # updates in a row with a nan or an infinity: then the run stop
 # A step beyond one of these gets a warning: its updates may have destroyed the policy.
 LOUD = {"kl": 0.5, "clip_share": 0.5}
 LOUD_GRAD_NORM = 1e3  # × max_grad_norm, before clipping
-SAMPLES_PER_STEP = 2  # rollouts a step that samples.jsonl keeps as text
+FINISHES = ("closed", "eos", "length")  # of a trace, see rollout.Rollout
+SAMPLES_PER_STEP = 2  # rollouts that samples.jsonl keeps as text, of one question each
 
 
 class Clock:
@@ -76,10 +76,11 @@ def log_step(c, run, step: Step):
         run.skipped = 0 if u.applied else run.skipped + 1
     if distributed.rank() == 0:
         m = metrics_of(c, step, sums, graded)
-        with (run.dir / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(without_nan(m)) + "\n")
-        run.logger.log(step.number, without_nan(m))
-        write_samples(c, run, step.number, step.rollouts)
+        append(run.dir / "metrics.jsonl", rundir.without_nan(m))
+        run.logger.log(step.number, rundir.without_nan(m))
+        for r in step.rollouts[:: c.num_rollouts][:SAMPLES_PER_STEP]:
+            text = readable(r, c.budget_prior.budgets, run.tokenizer)
+            append(run.dir / "samples.jsonl", {"step": step.number, **text})
         run.bar.update()
         say(
             f"step {step.number:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
@@ -90,23 +91,46 @@ def log_step(c, run, step: Step):
         for warning in warnings(c, m, step):
             say(f"WARNING step {step.number}: {warning}")
     if run.skipped >= MAX_SKIPPED:
-        raise FloatingPointError(
-            f"{run.skipped} updates in a row had a nan or an infinity. " + last_good(run.dir)
-        )
+        problem = f"{run.skipped} updates in a row had a nan or an infinity. "
+        raise FloatingPointError(problem + last_good(run.dir))
+
+
+def append(path: Path, line: dict):
+    with path.open("a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
 def metrics_of(c, step: Step, sums: list[dict], graded: list[dict]) -> dict:
-    """The step's line in metrics.jsonl. sums and graded: of all processes."""
+    """The step's line in metrics.jsonl. sums (of every row) and graded: of all processes."""
+    rollouts, rewards, returns = step.rollouts, step.rewards, step.returns
+    lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])  # [B, G]
+    summaries = [s for r in rollouts for s in r.summaries]
+    total = {k: sum(s[k] for s in sums) for k in sums[0]}
+    per_token = {k: total[k] / total["tokens"] for k in total}
     m = {
         "step": step.number,
-        **rollout_metrics(c, step.rollouts, step.rewards, step.returns),
-        **update_metrics(sums, len(step.updates)),
+        "anytime_reward": returns[..., 0].mean().item(),
+        "reward": rewards.mean((0, 1)).tolist(),
+        "thinking_tokens": lengths.float().mean().item(),
+        "summary_tokens": sum(len(s.tokens) for s in summaries) / len(summaries),
+        **{k: sum(r.finish == k for r in rollouts) / len(rollouts) for k in FINISHES},
+        "loss": total["loss"] / len(step.updates),
+        "trained_tokens": total["tokens"],
+        "clip_share": per_token["clipped"],
+        "kl": per_token["kl"],
+        "sampler_gap": per_token["gap"],
+        "sampler_gap_max": max(s["gap_max"] for s in sums),
+        "sampler_gap_outside": per_token["gap_outside"],
         "grad_norm": [u.grad_norm for u in step.updates],
         "skipped_updates": sum(not u.applied for u in step.updates),
         **{f"verifier/{k}": sum(g[k] for g in graded) for k in graded[0]},
         **step.clock.seconds,
         "time/step": time.perf_counter() - step.clock.start,
     }
+    prior = (rewards, returns, c.budget_prior.budgets, c.budget_prior.probs, c.decay)
+    for prefix, chosen in (("variance", None), ("variance_trained", lengths)):
+        for name, values in brpo.variance_diagnostics(*prior, chosen).items():
+            m[f"{prefix}/{name}"] = values.tolist()
     if torch.cuda.is_available():
         m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return m
@@ -119,24 +143,17 @@ def warnings(c, m: dict, step: Step) -> list[str]:
         if not u.applied:
             at = sorted({r.question.index for r in step.rollouts[i * size : (i + 1) * size]})
             found.append(f"update {i} had a nan or an infinity, so it was skipped. Questions: {at}")
-    found += [
-        f"{name} {m[name]:.3g} is above {bound}: the policy has moved far in one step"
-        for name, bound in LOUD.items()
-        if m[name] > bound
-    ]
-    found += [
-        f"a gradient of norm {norm:.3g} was clipped to {c.max_grad_norm}: only its direction "
-        "is left"
-        for norm in m["grad_norm"]
-        if LOUD_GRAD_NORM * c.max_grad_norm < norm < math.inf
-    ]
+    for name, bound in LOUD.items():
+        if m[name] > bound:
+            found.append(f"{name} {m[name]:.3g} is above {bound}: the policy moved far in one step")
+    for norm in m["grad_norm"]:
+        if LOUD_GRAD_NORM * c.max_grad_norm < norm < math.inf:
+            found.append(f"a gradient of norm {norm:.3g} was clipped to {c.max_grad_norm}")
     if not any(m["reward"]):
         found.append("no summary was right: nothing to learn from, or the policy has collapsed")
     grades = {k.removeprefix("verifier/"): v for k, v in m.items() if k.startswith("verifier/")}
     if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:
-        found.append(
-            f"{share:.1%} of the gradings failed and scored 0, which biases rewards: {grades}"
-        )
+        found.append(f"{share:.1%} of the gradings failed, which biases rewards: {grades}")
     return found
 
 
@@ -149,48 +166,31 @@ def say(line: str):
 def require_logger(kind: str):
     """ValueError where the logger's package is missing."""
     if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise ValueError(
-            f"--logger {kind}, but {kind} is not installed: pip install {kind}, or "
-            "leave it out (metrics.jsonl is always written)"
-        )
+        raise ValueError(f"--logger {kind}: it is not installed. pip install {kind}")
 
 
 class Logger:
-    """Beside metrics.jsonl, the first process alone: the same keys in wandb or TensorBoard."""
+    """The keys of metrics.jsonl in wandb or TensorBoard too; in the first process alone."""
 
     def __init__(self, kind: str, output_dir: Path, config: dict):
         self.kind = kind if distributed.rank() == 0 else "none"
         if self.kind == "wandb":
             import wandb
 
-            self.run, self.image = (
-                wandb.init(
-                    project="anytime-reasoner",
-                    name=output_dir.name,
-                    dir=str(output_dir),
-                    config=config,
-                ),
-                wandb.Image,
-            )
+            where = {"name": output_dir.name, "dir": str(output_dir)}
+            self.run = wandb.init(project="anytime-reasoner", config=config, **where)
         elif self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             self.run = SummaryWriter(str(output_dir / "tensorboard"))
 
-    def log(self, step: int, values: dict, picture: Path | None = None):
+    def log(self, step: int, values: dict):
         values = flat({k: v for k, v in values.items() if k != "step"})
         if self.kind == "wandb":
-            self.run.log(
-                values | ({"anytime_curve": self.image(str(picture))} if picture else {}), step=step
-            )
+            self.run.log(values, step=step)
         elif self.kind == "tensorboard":
             for name, value in values.items():
                 self.run.add_scalar(name, value, step)
-            if picture:
-                from matplotlib.pyplot import imread
-
-                self.run.add_image("anytime_curve", imread(picture), step, dataformats="HWC")
-            self.run.flush()
 
     def close(self):
         if self.kind != "none":
@@ -201,8 +201,7 @@ def flat(values: dict) -> dict[str, float]:
     """Numbers alone: a list becomes key/1, key/2, ...; a dict key/name. None and text are left."""
     out = {}
     for key, value in values.items():
-        if isinstance(value, list):
-            value = {str(i): v for i, v in enumerate(value, 1)}
+        value = dict(enumerate(value, 1)) if isinstance(value, list) else value
         if isinstance(value, dict):
             out |= {f"{key}/{name}": v for name, v in flat(value).items()}
         elif isinstance(value, (int, float)):
@@ -210,56 +209,10 @@ def flat(values: dict) -> dict[str, float]:
     return out
 
 
-def write_samples(c, run, step: int, rollouts):
-    """A few rollouts as text, the first of evenly spaced questions, into samples.jsonl."""
-    few = rollouts[:: max(1, c.questions_per_step // SAMPLES_PER_STEP) * c.num_rollouts]
-    with (run.dir / "samples.jsonl").open("a") as f:
-        for r in few[:SAMPLES_PER_STEP]:
-            sample = readable(r, c.budget_prior.budgets, run.tokenizer)
-            f.write(json.dumps({"step": step, **sample}) + "\n")
-
-
-def rollout_metrics(c, rollouts, rewards, returns) -> dict:
-    """What was sampled and what it earned. rewards and returns [B, G, M]."""
-    lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])  # [B, G]
-    summaries = [s for r in rollouts for s in r.summaries]
-    prior = (rewards, returns, c.budget_prior.budgets, c.budget_prior.probs, c.decay)
-    over_all, over_trained = (
-        brpo.variance_diagnostics(*prior),
-        brpo.variance_diagnostics(*prior, lengths),
-    )
-    return {
-        "anytime_reward": returns[..., 0].mean().item(),
-        "reward": rewards.mean((0, 1)).tolist(),
-        "thinking_tokens": lengths.float().mean().item(),
-        "summary_tokens": sum(len(s.tokens) for s in summaries) / len(summaries),
-        **{
-            kind: sum(r.finish == kind for r in rollouts) / len(rollouts)
-            for kind in ("closed", "eos", "length")
-        },
-        **{f"variance/{k}": v.tolist() for k, v in over_all.items()},
-        **{f"variance_trained/{k}": v.tolist() for k, v in over_trained.items()},
-    }
-
-
-def update_metrics(stats: list[dict], updates_per_step: int) -> dict:
-    """What the updates did: sums over the rows of all processes, per trained token."""
-    total = {k: sum(s[k] for s in stats) for k in stats[0]}
-    per_token = {k: total[k] / total["tokens"] for k in total}
-    return {
-        "loss": total["loss"] / updates_per_step,
-        "trained_tokens": total["tokens"],
-        "clip_share": per_token["clipped"],
-        "kl": per_token["kl"],
-        "sampler_gap": per_token["gap"],
-        "sampler_gap_max": max(s["gap_max"] for s in stats),
-        "sampler_gap_outside": per_token["gap_outside"],
-    }
-
-
-def first_comparable(history: list[dict]) -> dict:
-    """The earliest evaluation with the settings and questions of the newest."""
-    return next(e for e in history if e.get("settings") == history[-1].get("settings"))
+def before_and_after(history: list[dict]) -> tuple[dict, dict]:
+    """The newest evaluation, and the earliest with its settings and questions before it."""
+    after = history[-1]
+    return next(e for e in history if e.get("settings") == after.get("settings")), after
 
 
 def log_evaluation(run, step: int, curve: dict):
@@ -267,40 +220,27 @@ def log_evaluation(run, step: int, curve: dict):
     run.history.append({"step": step, **curve, "settings": run.evaluation})
     if distributed.rank() > 0:
         return
-    with (run.dir / "evals.jsonl").open("a") as f:
-        f.write(json.dumps(run.history[-1]) + "\n")
-    before = first_comparable(run.history)
-    result = {**run.history[-1], "before": before}
-    rundir.write(run.dir / "eval.json", json.dumps(result, indent=1))
-    draw_curves(
-        {f"step {e['step']}": e for e in (before, run.history[-1])}, run.dir / "anytime_curve.png"
-    )
+    before, after = before_and_after(run.history)
+    append(run.dir / "evals.jsonl", after)
+    rundir.write(run.dir / "eval.json", json.dumps({**after, "before": before}, indent=1))
+    draw_curves({f"step {e['step']}": e for e in (before, after)}, run.dir / "anytime_curve.png")
     logged = ("accuracy", "anytime_accuracy", "final_accuracy", "sets")
-    run.logger.log(step, {"eval": {k: curve[k] for k in logged}}, run.dir / "anytime_curve.png")
-    say(
-        f"step {step:4d}  evaluation: anytime {curve['anytime_accuracy']:.3f}  "
-        f"final {curve['final_accuracy']:.3f}"
-    )
+    run.logger.log(step, {"eval": {k: curve[k] for k in logged}})
+    anytime, final = curve["anytime_accuracy"], curve["final_accuracy"]
+    say(f"step {step:4d}  evaluation: anytime {anytime:.3f}  final {final:.3f}")
 
 
 def print_summary(c, run):
     """One question and the anytime curve before and after training, on the terminal."""
     if distributed.rank() > 0:
         return
-    history = run.history
-    before, after = first_comparable(history), history[-1]
-    if before["step"] > history[0]["step"]:
+    before, after = before_and_after(run.history)
+    if before["step"] > run.history[0]["step"]:
         print(f"\nevaluations before step {before['step']} had other settings: not compared")
     question = after["example"]
     print(f"\n{question['question']}   (ground truth {question['ground_truth']})")
     for name, e in (("before", before), ("after", after)):
         print(f"{name} training, the thinking up to each budget and the answer given there:")
         print(*example_lines(e["example"]), sep="\n")
-    print("\nbudget  " + "".join(f"{b:>8}" for b in after["budgets"]) + "   anytime")
-    for name, e in (("before", before), ("after", after)):
-        print(
-            f"{name:8}"
-            + "".join(f"{a:8.3f}" for a in e["accuracy"])
-            + f"{e['anytime_accuracy']:10.3f}"
-        )
+    print("\n" + curve_lines({"before": before, "after": after}))
     print(f"wrote {run.dir}/: model/, metrics.jsonl, samples.jsonl, eval.json, anytime_curve.png")

@@ -1,11 +1,13 @@
-"""How do the curves look? One figure, and tables in Markdown.
+"""Curves as a figure, as tables in Markdown, and as lines on the terminal.
 
-Both take curves as evaluate.py makes them (curves.summarise, with "budgets"); a figure also takes
-any {"budgets", "accuracy", "anytime_accuracy", "sets": {name: {"accuracy", "stderr"}}}.
+All take curves as evaluate.py makes them (curves.curve_of); a figure also takes any {"budgets",
+"accuracy", "anytime_accuracy", "sets": {name: {"accuracy", "stderr"}}}.
 """
 
 import json
 from pathlib import Path
+
+import numpy as np
 
 from runtime.config import Config, Evaluation
 from runtime.curves import paired_differences, per_question
@@ -13,6 +15,14 @@ from runtime.curves import paired_differences, per_question
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT = "#333333", "#d9d9d9"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "figure.facecolor": "white",  # opaque: the picture reads the same on a dark page
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
 QUESTIONS = "shaded: ± 1 standard error over questions (bootstrap)"
 # Of the table: column, statistic, decimals.
 TABLE = (
@@ -32,90 +42,66 @@ def labels_of(models: tuple[str, ...]) -> dict[str, str]:
     return short if len(set(short.values())) == len(models) else {m: m for m in models}
 
 
-def draw_curves(curves: dict[str, dict], path: Path, title: str = "", band: str = QUESTIONS):
-    """Accuracy over thinking budget as a PNG, 720 points wide: the mean over sets, then each set.
-
-    `band` says in the picture what "stderr" holds. The face is opaque white, so that the picture
-    reads the same on a dark page.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
+def pyplot():
+    """matplotlib.pyplot without a display, imported only where something is drawn."""
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
+    return plt
+
+
+def draw_curves(curves: dict[str, dict], path: Path, band: str = QUESTIONS):
+    """Accuracy over thinking budget as a PNG, 720 points wide: the mean over sets, then each set.
+
+    `band` says in the picture what "stderr" holds.
+    """
+    plt = pyplot()
     names = list(dict.fromkeys(name for c in curves.values() for name in c["sets"]))
     small = names if len(names) > 1 else []
     rows = -(-len(small) // 3)
-    settings = {
-        "font.size": 9,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": FAINT,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.facecolor": "white",
-    }
-    with plt.rc_context(settings):
+    colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(curves)}
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(7.2, 3.9 + 1.9 * rows), layout="constrained")
         # Two parts, so that the labels right of the upper one do not narrow the lower one.
-        upper, *lower = figure.subfigures(
-            1 + bool(small), height_ratios=[3.6, 1.9 * rows][: 1 + bool(small)], squeeze=False
-        )[:, 0]
-        main = upper.add_subplot()
-        what = f"mean of {len(names)} sets" if small else "".join(names)
-        _panel(main, curves, None if small else names[0])
-        main.set_title(
-            title or f"Accuracy when thinking is cut short{what and f' ({what})'}",
-            loc="left",
-            fontsize=11,
-            fontweight="bold",
-            pad=20,
-        )
-        if small:
-            band += "; in brackets: questions"
-        main.text(0, 1.025, band, transform=main.transAxes, fontsize=8, color="#666666")
-        main.set_ylabel("accuracy")
-        _label_lines(main, curves)
+        heights = [3.6, 1.9 * rows][: 1 + bool(small)]
+        parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+        axes = parts[0].add_subplot()
+        _draw_lines(axes, curves if small else _of_set(curves, names[0]), colours)
+        what = f"mean of {len(names)} sets" if small else names[0]
+        title = f"Accuracy when thinking is cut short{what and f' ({what})'}"
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
+        band += "; in brackets: questions" if small else ""
+        axes.text(0, 1.025, band, transform=axes.transAxes, fontsize=8, color="#666666")
+        axes.set_ylabel("accuracy")
+        _label_lines(axes, curves, colours)
         for i, name in enumerate(small):
-            axes = lower[0].add_subplot(rows, 3, i + 1)
+            axes = parts[1].add_subplot(rows, 3, i + 1)
             axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-            _panel(
-                axes,
-                {label: c for label, c in curves.items() if name in c["sets"]},
-                name,
-                {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(curves)},
-            )
-            questions = next(iter(curves.values()))["sets"].get(name, {}).get("questions")
+            chosen = _of_set(curves, name)
+            _draw_lines(axes, chosen, colours)
+            questions = next(iter(chosen.values())).get("questions")
             axes.set_title(name + (f"  ({questions})" if questions else ""), loc="left", fontsize=9)
         figure.supxlabel("thinking budget (tokens)", fontsize=9)
-        figure.savefig(path, dpi=200, facecolor="white")
+        figure.savefig(path, dpi=200)
         plt.close(figure)
 
 
-def _panel(axes, curves: dict[str, dict], name: str | None, colours: dict | None = None):
-    """The lines and bands of one set, or (None) of the mean."""
-    lows, highs = [], []
-    for n, (label, curve) in enumerate(curves.items()):
-        of = curve if name is None else curve["sets"][name]
-        colour = (colours or {}).get(label, COLOURS[n % len(COLOURS)])
-        y = of.get("accuracy", curve["accuracy"])
-        error = of.get("stderr") or [0.0] * len(y)
-        low, high = [a - e for a, e in zip(y, error)], [a + e for a, e in zip(y, error)]
-        axes.fill_between(curve["budgets"], low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(
-            curve["budgets"],
-            y,
-            color=colour,
-            linewidth=1.8,
-            marker="o",
-            markersize=3.5 if len(y) <= 12 else 0,
-            clip_on=False,
-        )
-        lows.append(min(low))
-        highs.append(max(high))
-    bottom, top = min(lows), max(highs)
+def _of_set(curves: dict[str, dict], name: str) -> dict[str, dict]:
+    """The curves on one set, of those that have it."""
+    return {label: {**c, **c["sets"][name]} for label, c in curves.items() if name in c["sets"]}
+
+
+def _draw_lines(axes, curves: dict[str, dict], colours: dict[str, str]):
+    """A line and its band for each curve."""
+    ends = []
+    for label, curve in curves.items():
+        x, y, colour = curve["budgets"], np.array(curve["accuracy"]), colours[label]
+        error = np.array(curve.get("stderr", 0 * y))
+        axes.fill_between(x, y - error, y + error, color=colour, alpha=0.18, linewidth=0)
+        dots = 3.5 if len(y) <= 12 else 0
+        axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=dots, clip_on=False)
+        ends += [min(y - error), max(y + error)]
+    bottom, top = min(ends), max(ends)
     margin = max(0.06 * (top - bottom), 0.01)
     axes.set_ylim(max(bottom - margin, 0), min(top + margin, 1))
     axes.set_xlim(left=0)
@@ -124,7 +110,7 @@ def _panel(axes, curves: dict[str, dict], name: str | None, colours: dict | None
     axes.tick_params(length=0)
 
 
-def _label_lines(axes, curves: dict[str, dict]):
+def _label_lines(axes, curves: dict[str, dict], colours: dict[str, str]):
     """Each line's name at its right end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = (high - low) * 0.12  # two lines of text
@@ -134,84 +120,71 @@ def _label_lines(axes, curves: dict[str, dict]):
         heights.append(max(y, heights[-1] + gap) if heights else y)
     # Pushed up only: move the whole stack back so that it stays around its lines.
     shift = sum(h - y for h, (y, _, _) in zip(heights, ends)) / len(ends)
-    for height, (_, n, label) in zip(heights, ends):
+    look = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
+    for height, (_, _, label) in zip(heights, ends):
         text = f"{label}\nanytime {curves[label]['anytime_accuracy']:.3f}"
-        axes.annotate(
-            text,
-            (1.01, height - shift),
-            xycoords=("axes fraction", "data"),
-            color=COLOURS[n % len(COLOURS)],
-            va="center",
-            fontsize=8.5,
-            annotation_clip=False,
-        )
+        axes.text(1.01, height - shift, text, color=colours[label], **look)
 
 
 def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -> str:
     """The statistics of every model and set as Markdown, value ± standard error, and what each
     model differs from the first by (curves.paired_differences)."""
-    head = ["model", "set", *(column for column, _, _ in TABLE)]
-    lines = [head, ["---"] * 2 + ["---:"] * len(TABLE)]
+    columns, rows = [column for column, _, _ in TABLE], []
     for label, curve in curves.items():
-        rows = {"mean": curve, **curve["sets"]} if len(curve["sets"]) > 1 else curve["sets"]
-        for name, row in rows.items():
-            lines.append([label, name, *(_cell(row[k], row["errors"][k], n) for _, k, n in TABLE)])
-    parts = [markdown(lines)]
-    for label, of in (differences or {}).items():
-        rows = of if len(of) > 2 else {k: v for k, v in of.items() if k != "mean"}
-        lines = [["", "set", *head[2:]], ["---"] * 2 + ["---:"] * len(TABLE)]
-        for name, row in rows.items():
-            cells = (_cell(row[k]["difference"], row[k]["stderr"], n, "+") for _, k, n in TABLE)
-            lines.append([label, name, *cells])
-        parts.append("Paired differences on the same questions:\n\n" + markdown(lines))
+        sets = {"mean": curve, **curve["sets"]} if len(curve["sets"]) > 1 else curve["sets"]
+        for name, x in sets.items():
+            rows.append([label, name, *(cell(x[k], x["errors"][k], n) for _, k, n in TABLE)])
+    parts = [markdown(["model", "set", *columns], rows)]
+    for label, sets in (differences or {}).items():
+        rows = []
+        for name, x in sets.items():
+            if name != "mean" or len(sets) > 2:
+                pairs = [(x[k]["difference"], x[k]["stderr"], n) for _, k, n in TABLE]
+                rows.append([label, name, *(cell(*pair, sign="+") for pair in pairs)])
+        text = markdown(["", "set", *columns], rows)
+        parts.append(f"Paired differences on the same questions:\n\n{text}")
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(value: float | None, error: float | None, decimals: int, sign: str = "") -> str:
+def cell(value: float | None, error: float | None, decimals: int = 3, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.{decimals}f} ± {error or 0:.{decimals}f}"
 
 
-def markdown(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def curve_lines(curves: dict[str, dict]) -> str:
+    """The accuracies as plain text, a line for each curve: all have the same budgets."""
+    width, (first, *_) = max(8, *(len(label) + 1 for label in curves)), curves.values()
+    lines = [f"{'budget':{width}}" + "".join(f"{b:>8}" for b in first["budgets"]) + "   anytime"]
+    for label, c in curves.items():
+        accuracy = "".join(f"{a:8.3f}" for a in c["accuracy"])
+        lines.append(f"{label:{width}}{accuracy}{c['anytime_accuracy']:10.3f}")
+    return "\n".join(lines)
 
 
 def write_results(
-    a: Evaluation,
-    c: Config,
-    labels: dict[str, str],
-    curves: dict[str, dict],
-    records: dict[str, dict],
-    opened: dict,
+    a: Evaluation, c: Config, labels: dict, curves: dict, records: dict, opened: dict
 ):
-    """eval.json, table.md, anytime_curve.png; and the table on the terminal."""
+    """eval.json, table.md, anytime_curve.png; and the table on the terminal.
+
+    By model: its label, its curve, its records {set: [record]}, its startup.Opened.
+    """
     first, *others = a.models
-    texts = {
-        m: {name: [(q.index, q.text) for q in of] for name, of in opened[m].sets.items()}
-        for m in a.models
-    }
-    columns = {m: {name: per_question(of) for name, of in records[m].items()} for m in a.models}
-    # Only where both were asked the same: a tokenizer may have dropped other prompts as overlong.
-    differences = {
-        m: paired_differences(columns[first], columns[m], c.evaluation_budgets, c.seed)
-        for m in others
-        if texts[m] == texts[first]
-    }
-    # One model: its curve is the file's content; several: one entry each.
-    content = (
-        curves[first]
-        if not others
-        else {"models": curves, "paired_differences": {"from": first, "to": differences}}
-    )
-    (a.output / "eval.json").write_text(json.dumps(content, indent=1))
-    text = table(
-        {labels[m]: curve for m, curve in curves.items()},
-        {f"{labels[m]} - {labels[first]}": of for m, of in differences.items()},
-    )
+    asked, columns, differences = {}, {}, {}
+    for m in a.models:
+        asked[m] = {name: [(q.index, q.text) for q in qs] for name, qs in opened[m].sets.items()}
+        columns[m] = {name: per_question(of_set) for name, of_set in records[m].items()}
+        # Only where both were asked the same: a tokenizer may have dropped other overlong prompts.
+        if m != first and asked[m] == asked[first]:
+            pair = (columns[first], columns[m])
+            differences[m] = paired_differences(*pair, c.evaluation_budgets, c.seed)
+    several = {"models": curves, "paired_differences": {"from": first, "to": differences}}
+    (a.output / "eval.json").write_text(json.dumps(several if others else curves[first], indent=1))
+    labelled = {labels[m]: curve for m, curve in curves.items()}
+    text = table(labelled, {f"{labels[m]} - {labels[first]}": d for m, d in differences.items()})
     (a.output / "table.md").write_text(text)
-    draw_curves({labels[m]: curve for m, curve in curves.items()}, a.output / "anytime_curve.png")
-    for m, curve in curves.items():
-        print(
-            f"{labels[m]}\n  accuracy "
-            + "  ".join(f"@{b} {x:.3f}" for b, x in zip(curve["budgets"], curve["accuracy"]))
-        )
-    print(f"\n{text}\nwrote {a.output}/: eval.json, table.md, anytime_curve.png")
+    draw_curves(labelled, a.output / "anytime_curve.png")
+    print(f"{curve_lines(labelled)}\n\n{text}")
+    print(f"wrote {a.output}/: eval.json, table.md, anytime_curve.png")

@@ -1,10 +1,9 @@
-"""What would the model answer if it had to stop now? One question, watched while it thinks, or
-shown afterwards."""
+"""Traces as text: a question answered while the model thinks about it, and examples afterwards."""
 
 import sys
 
 from rewards import answer_paragraph
-from rollout import Markers, Rollout, Sampling, sample_rollouts
+from rollout import Rollout, Sampling, Summary, sample_rollouts
 from runtime.engines import PlainEngine
 from tasks.verifier import extract_answer
 
@@ -12,97 +11,73 @@ from tasks.verifier import extract_answer
 def ask(engine, question, sampling: Sampling, opened, label: str = "", out=None):
     """Sample one trace of `question` and an answer at each budget; print both as they come.
 
-    The same tokens as sample 0 of question 0 in an evaluation of the same seed and budgets.
+    The tokens are those of sample 0 of question 0 in an evaluation of the same seed and budgets.
     """
     if isinstance(engine, PlainEngine):
         engine.one_token_steps = True
-    watched = Watched(engine, sampling.budgets, opened.markers, opened.tokenizer, out or sys.stdout)
+    watched = Watched(engine, question, sampling.budgets, opened.tokenizer, out or sys.stdout)
     print(f"{label and label + ': '}{question.text}", file=watched.out)
-    sample_rollouts(watched, [question], sampling, opened.markers)
-    watched.close()
+    (rollout,) = sample_rollouts(watched, [question], sampling, opened.markers, watched.answered)
+    for summary in rollout.summaries:  # also those after an end-of-text, which are never sampled
+        watched.answered(rollout, summary)
+    watched.show()
 
 
 class Watched:
-    """An engine around an engine, which prints what comes through: the trace token by token, and
-    each answer at its budget. There the trace's print waits for the answer; its sampling does not.
-    """
+    """An engine around an engine that prints the trace token by token and, at each budget, the
+    answer given there. Printing waits for an answer; sampling does not."""
 
-    def __init__(self, engine, budgets: tuple[int, ...], markers: Markers, tokenizer, out):
-        self.engine, self.budgets, self.markers = engine, budgets, markers
-        self.tokenizer, self.out = tokenizer, out
-        self.thinking: list[int] = []
-        self.answers: dict[int, list[int]] = {}  # budget index -> tokens so far
-        self.complete: set[int] = set()
-        self.over = False  # the trace has ended
-        self.printed, self.asked = "", 0  # of the trace; budgets whose answer is printed
-
-    def add(self, request):
-        self.engine.add(request)
-
-    def has_work(self) -> bool:
-        return self.engine.has_work()
+    def __init__(self, engine, question, budgets: tuple[int, ...], tokenizer, out):
+        self.engine, self.add, self.has_work = engine, engine.add, engine.has_work
+        self.trace_id, self.budgets = Rollout(question, 0).id, budgets
+        self.tokenizer, self.out, self.thinking = tokenizer, out, []
+        self.answers, self.printed = {}, ""  # {budget index: answer}; the part of the trace
+        self.budget_index = 0  # the next one whose answer is to be printed
 
     def step(self):
         outputs = self.engine.step()
-        for out in outputs:
-            _, _, *summary = map(int, out.id.split("-"))  # question-sample[-budget-draw]
-            if not summary:
-                self.thinking += out.tokens
-                self.over = self.over or out.finished
-            else:
-                self.answers.setdefault(summary[0], []).extend(out.tokens)
-                self.complete |= {summary[0]} if out.finished else set()
+        self.thinking += [t for out in outputs if out.id == self.trace_id for t in out.tokens]
         self.show()
         return outputs
 
+    def answered(self, rollout: Rollout, summary: Summary):
+        if summary.draw == 0:
+            text = answer_paragraph(answer_text(summary, self.tokenizer))
+            answer = extract_answer(text) or (text and f"(no box) {text}")
+            self.answers[summary.budget_index] = answer or "none: the text had ended"
+
     def show(self):
-        """Print the trace up to the next budget, that budget's answer if it is complete, go on."""
-        while self.asked < len(self.budgets):
-            budget = self.budgets[self.asked]
-            text = self.tokenizer.decode(self.thinking[:budget])
-            if not text.endswith("\ufffd") or self.over:  # else: half a character
-                print(text[len(self.printed) :], end="", file=self.out, flush=True)
-                self.printed = text
-            if self.asked not in self.complete:
+        """Print the trace up to the next budget, its answer if it is complete, and go on."""
+        while self.budget_index < len(self.budgets):
+            budget = self.budgets[self.budget_index]
+            seen = self.thinking[:budget]
+            text = self.tokenizer.decode(seen).rstrip("\ufffd")  # no part of a character
+            print(text[len(self.printed) :], end="", file=self.out, flush=True)
+            self.printed = text
+            if self.budget_index not in self.answers:
                 return
-            self.print_answer(budget)
+            after = f"{budget} tokens" + f" (the trace has {len(seen)})" * (len(seen) < budget)
+            bold, plain = ("\033[1m", "\033[0m") if self.out.isatty() else ("", "")
+            line = f"{bold}after {after}: {self.answers[self.budget_index]}{plain}"
+            print(f"\n    {line}", file=self.out, flush=True)
+            self.budget_index += 1
 
-    def print_answer(self, budget: int):
-        tokens = [t for t in self.answers.get(self.asked, []) if t not in self.markers.eos]
-        text = answer_paragraph(self.tokenizer.decode(tokens))
-        answer = extract_answer(text) or (text and f"(no box) {text}") or "none: the text had ended"
-        seen = min(budget, len(self.thinking))
-        after = f"{budget} tokens" + ("" if seen == budget else f" (the trace has {seen})")
-        bold = ("\033[1m", "\033[0m") if self.out.isatty() else ("", "")
-        print(f"\n    {bold[0]}after {after}: {answer}{bold[1]}", file=self.out, flush=True)
-        self.asked += 1
 
-    def close(self):
-        """What was never asked for: budgets behind an end-of-text."""
-        self.complete = set(range(len(self.budgets)))
-        self.show()
+def answer_text(summary: Summary, tokenizer) -> str:
+    return tokenizer.decode(summary.tokens).removesuffix(tokenizer.eos_token)
 
 
 def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     """A rollout as text: at each budget the thinking since the one before, and its first summary's
     answer and score. As JSON in samples.jsonl, and on the terminal after training."""
     cuts, start, draws = [], 0, len(rollout.summaries) // len(budgets)
-    for b, s in zip(budgets, rollout.summaries[::draws]):
-        cuts.append(
-            {
-                "budget": b,
-                "thinking": tokenizer.decode(rollout.thinking[start : s.cut]),
-                "answer": tokenizer.decode(s.tokens).removesuffix(tokenizer.eos_token),
-                "score": s.score,
-            }
-        )
+    for budget, s in zip(budgets, rollout.summaries[::draws]):
+        thinking = tokenizer.decode(rollout.thinking[start : s.cut])
+        answer = answer_text(s, tokenizer)
+        cuts.append({"budget": budget, "thinking": thinking, "answer": answer, "score": s.score})
         start = s.cut
-    return {
-        "question": rollout.question.text,
-        "ground_truth": rollout.question.ground_truth,
-        "finish": rollout.finish,
-        "cuts": cuts,
-    }
+    question, truth = rollout.question.text, rollout.question.ground_truth
+    return {"question": question, "ground_truth": truth, "finish": rollout.finish, "cuts": cuts}
 
 
 def example_lines(example: dict, width: int = 60) -> list[str]:
@@ -112,7 +87,7 @@ def example_lines(example: dict, width: int = 60) -> list[str]:
         text = " ".join(text.split())
         return text if len(text) <= width else "…" + text[1 - width :]
 
-    longest = min(width, max(len(flat(cut["thinking"], width)) for cut in example["cuts"]))
+    longest = max(len(flat(cut["thinking"], width)) for cut in example["cuts"])
     return [
         f"{cut['budget']:>8}  {flat(cut['thinking'], width):{longest}}  -> "
         f"{flat(cut['answer'], 30):30}  {'right' if cut['score'] else 'wrong'}"

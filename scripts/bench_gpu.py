@@ -21,34 +21,27 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import brpo
-from packing import Branch, Tree, balance, is_visible, pack
-from rollout import Markers, sample_rollouts, to_tree
+import train
+from packing import Branch, Tree, is_visible, pack, pack_share
+from rollout import Markers, Sampling, sample_rollouts
 from runtime import distributed
 from runtime.config import PRESETS, Config
 from runtime.data import Question
 from runtime.engines import make_engine
 
 # DeepSeek-R1-Distill-Qwen-1.5B, as its config.json states it.
-REAL = dict(
-    hidden_size=1536,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    intermediate_size=8960,
-    vocab_size=151936,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-)
-TOY = dict(
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    intermediate_size=128,
-    vocab_size=512,
-    max_position_embeddings=32768,
-    tie_word_embeddings=False,
-)
+REAL = {
+    **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28},
+    **{"num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 131072},
+    **{"vocab_size": 151936, "tie_word_embeddings": False},
+}
+TOY = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32768},
+    **{"vocab_size": 512, "tie_word_embeddings": False},
+}
+# Token ids that stand for a tokenizer's.
+CUT_TEXT, ANSWER_HEADER = (3, 4, 2), (5, 6, 7, 8, 9)
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,7 @@ def timed(work, device) -> float:
 def bench_training(a: Arguments, c: Config, model, budgets, row_tokens: int, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr)
     trees = random_trees(a.trees, budgets, c.num_summaries, model.config.vocab_size)
-    (plan,) = balance([len(t) for t in trees], 1, row_tokens)
-    rows = [pack([trees[i] for i in row], 128).to(device) for row in plan]
+    rows = [row.to(device) for row in pack_share(trees, 0, 1, row_tokens, 128)]
     tokens = sum(len(t) for t in trees)
     unpacked = sum(len(t.prompt) + len(t.thinking) for t in trees)
     unpacked += sum(
@@ -134,22 +126,14 @@ def bench_training(a: Arguments, c: Config, model, budgets, row_tokens: int, dev
         f"{a.trees} trees, {tokens} tokens in {len(rows)} rows; as separate sequences {unpacked} "
         f"tokens ({unpacked / tokens:.1f} times as many)"
     )
-    old = []
 
     def log_probs():
-        old.clear()
         with torch.no_grad():
-            old.extend(model.token_logprobs(row, c.temperature) for row in rows)
+            for row in rows:
+                row.old_logp = row.sampler_logp = model.token_logprobs(row, c.temperature)
 
     def update():
-        for i, (row, old_logp) in enumerate(zip(rows, old)):
-            distributed.accumulate(model, last=i == len(rows) - 1)
-            logp = model.token_logprobs(row, c.temperature)
-            loss, _ = brpo.policy_loss(logp, old_logp, row.advantages, row.trained, c.denominator)
-            loss.backward()
-        distributed.clip_gradients(model, c.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        assert train.update(model, optimizer, rows, c).applied
 
     flops = model_flops(model, rows)
     for name, work, share in (("log-probs", log_probs, 1 / 3), ("update", update, 1.0)):
@@ -164,29 +148,12 @@ def bench_training(a: Arguments, c: Config, model, budgets, row_tokens: int, dev
 
 
 def bench_sampling(a: Arguments, c: Config, engine, model, budgets, device):
-    markers = Markers(
-        think_end=2,
-        eos=(1,),
-        cut_text=(3, 4, 2),
-        answer_header=(5, 6, 7, 8, 9),
-        max_summary_tokens=c.max_summary_tokens,
-    )
-    question = Question(0, "", "", tuple(range(10, 110)))
-    rollouts = []
+    markers = Markers(2, (1,), CUT_TEXT, ANSWER_HEADER, c.max_summary_tokens)
+    question, rollouts = Question(0, "", "", tuple(range(10, 110))), []
+    sampling = Sampling(budgets, c.num_rollouts * 8, c.num_summaries, 1.0, (0, 0))
 
     def sample():
-        rollouts.extend(
-            sample_rollouts(
-                engine,
-                [question],
-                budgets,
-                c.num_rollouts * 8,
-                c.num_summaries,
-                markers,
-                1.0,
-                (0, 0),
-            )
-        )
+        rollouts.extend(sample_rollouts(engine, [question], sampling, markers))
 
     seconds = timed(sample, device)
     count = sum(len(r.thinking) + sum(len(s.tokens) for s in r.summaries) for r in rollouts)
@@ -199,8 +166,9 @@ def bench_sampling(a: Arguments, c: Config, engine, model, budgets, device):
         for _ in range(a.repeats)
     ]
     print(f"sync       {statistics.median(sync):8.2f} s")
-    tree = to_tree(rollouts[0], torch.zeros(4), torch.zeros(4, c.num_summaries), budgets)
-    row = pack([tree], 128).to(device)
+    r = rollouts[0]
+    branches = [Branch(s.cut, s.appended, s.tokens, 0.0, s.logp) for s in r.summaries if s.tokens]
+    row = pack([Tree(list(question.prompt), r.thinking, branches, [], r.logp)], 128).to(device)
     with torch.no_grad():
         gap = brpo.sampler_gap(model.token_logprobs(row, 1.0), row.sampler_logp, row.trained)
     print(
@@ -221,8 +189,10 @@ def main(a: Arguments):
         config = Qwen2Config(**(TOY if a.tiny else REAL), eos_token_id=1, pad_token_id=0)
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
         if a.rollout:
-            longest = 200 + budgets[-1] + c.max_summary_tokens + 10  # the appended text
-            engine = make_engine("vllm", path, device, longest, kv_cache_gb=c.kv_cache_gb)
+            appended = len(CUT_TEXT) + len(ANSWER_HEADER)
+            longest = 200 + budgets[-1] + appended + c.max_summary_tokens
+            cache = 1.0 if a.tiny else c.kv_cache_gb
+            engine = make_engine("vllm", path, device, longest, kv_cache_gb=cache)
         model = distributed.load_policy(path, device)
     bench_training(a, c, model, budgets, 4096 if a.tiny else c.max_tokens_per_row, device)
     if engine:

@@ -12,22 +12,22 @@ streaming / two-phase, each repeat against its own neighbour. Engine steps do no
 machine; wall time does, so the process's CPU time (one thread) stands beside it.
 """
 
-import argparse
 import math
 import random
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 import torch
+import tyro
 
 from budgets import BudgetPrior
-from rollout import Markers, sample_rollouts
+from rollout import Markers, Sampling, sample_rollouts
 from runtime import distributed
 from runtime.data import Question
 from runtime.engines import VllmEngine
@@ -68,61 +68,45 @@ def write_model(path: Path, context: int):
     arithmetic.make_model(max_position_embeddings=context).save_pretrained(path)
 
 
-def compare(engine, questions, budgets, rollouts, summaries, markers, lengths, repeats):
+def compare(engine, questions, sampling: Sampling, markers, lengths, repeats):
     """Runs of both sides in turn: {side: [(steps, wall seconds, CPU seconds, first summary's step,
     last thinking's step)]}."""
     runs = {"streaming": [], "two-phase": []}
     for repeat in range(repeats + 1):
-        said = {}
+        texts = {}
         for side in list(runs) if repeat % 2 else list(runs)[::-1]:
             assert engine.engine.reset_prefix_cache()  # neither side finds what the other computed
-            counted, start, cpu_start = (
-                Imposed(engine, lengths),
-                time.perf_counter(),
-                time.process_time(),
-            )
+            counted = Imposed(engine, lengths)
             side_engine = counted if side == "streaming" else TwoPhases(counted)
-            done = sample_rollouts(
-                side_engine, questions, budgets, rollouts, summaries, markers, 1.0, (0, repeat)
-            )
+            drawn = replace(sampling, seed=(0, repeat))
+            start, cpu_start = time.perf_counter(), time.process_time()
+            rollouts = sample_rollouts(side_engine, questions, drawn, markers)
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-            said[side] = [(r.thinking, [s.tokens for s in r.summaries]) for r in done]
+            texts[side] = [(r.thinking, [s.tokens for s in r.summaries]) for r in rollouts]
+            steps = (counted.first_summary, counted.last_thinking)
             if repeat:  # the first one warms up
-                runs[side].append(
-                    (
-                        counted.steps,
-                        seconds,
-                        cpu_seconds,
-                        counted.first_summary,
-                        counted.last_thinking,
-                    )
-                )
-        assert said["streaming"] == said["two-phase"], "the two sides must sample the same tokens"
+                runs[side].append((counted.steps, seconds, cpu_seconds, *steps))
+        assert texts["streaming"] == texts["two-phase"], "the two sides must sample the same tokens"
     return runs
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--slots",
-        type=int,
-        nargs="+",
-        default=[32, 512],
-        help="requests that run at a time, one table row each",
-    )
-    parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--budgets", type=int, default=4, help="M, evenly spaced")
-    parser.add_argument("--summaries", type=int, default=4, help="A, per budget")
-    parser.add_argument("--max-budget", type=int, default=512)
-    parser.add_argument("--max-summary-tokens", type=int, default=21, help="generated ones")
-    parser.add_argument("--repeats", type=int, default=5)
-    a = parser.parse_args()
+@dataclass(frozen=True)
+class Arguments:
+    """Streaming against two-phase sampling."""
 
+    slots: tuple[int, ...] = (32, 512)  # Requests that run at a time, one table row each.
+    questions: int = 8  # B
+    rollouts: int = 8  # G
+    budgets: int = 4  # M, evenly spaced.
+    summaries: int = 4  # A, per budget.
+    max_budget: int = 512  # b_M
+    max_summary_tokens: int = 21  # Generated ones.
+    repeats: int = 5
+
+
+def main(a: Arguments):
     prompt_tokens = 32
-    longest = prompt_tokens + a.max_budget + 3 + a.max_summary_tokens  # 3 are appended
+    longest = prompt_tokens + a.max_budget + 3 + a.max_summary_tokens  # three are appended
     rng = random.Random(0)
     lengths = {
         f"{q}-{g}": min(a.max_budget, max(8, round(-math.log(1 - rng.random()) * a.max_budget / 3)))
@@ -135,6 +119,7 @@ def main():
     ]
     markers = Markers.from_tokenizer(arithmetic.make_tokenizer(), a.max_summary_tokens)
     budgets = BudgetPrior.make("uniform", a.max_budget, a.budgets).budgets
+    sampling = Sampling(budgets, a.rollouts, a.summaries, 1.0, (0, 0))
     ordered = sorted(lengths.values())
     print(
         f"{len(lengths)} traces of {ordered[0]}..{ordered[-1]} tokens (median "
@@ -151,9 +136,7 @@ def main():
             device = distributed.start()
             torch.set_num_threads(1)
             engine = VllmEngine(folder, device, longest, slots=slots)
-            runs = compare(
-                engine, questions, budgets, a.rollouts, a.summaries, markers, lengths, a.repeats
-            )
+            runs = compare(engine, questions, sampling, markers, lengths, a.repeats)
             engine.close()
             for side, values in runs.items():
                 table.append((slots, side, *(statistics.median(v) for v in zip(*values))))
@@ -176,4 +159,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Arguments))

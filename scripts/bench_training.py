@@ -2,15 +2,13 @@
 
     OMP_NUM_THREADS=1 python scripts/bench_training.py               all parts, some minutes
     python scripts/bench_training.py tree memory host advantages     some of them
-    python scripts/bench_training.py step sample                     make the miniature's base
+    python scripts/bench_training.py step                            makes the miniature's base
 
 tree         forward + backward of packed trees against the same sequences written out one by one
 memory       peak memory of log-probs in chunks against all logits at once, over V and tokens
 host         work per step that no GPU does, at paper scale: balance, pack, block masks
 advantages   the tensor code against a loop over rollouts and budgets, 64 × 8 × 4
 step         the seconds of a miniature step, by part and by the length of packed rows
-sample       the plain engine's sampling of a miniature step, with and without a trace's keys and
-             values being reused by its summaries
 threads      one CPU thread against two, over model sizes: from which size on does a second pay?
 
 Both sides of a ratio take turns in one process (memory: one process each); ratios are medians.
@@ -27,23 +25,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import brpo
-from packing import (
-    Branch,
-    Tree,
-    balance,
-    flex_mask,
-    is_visible,
-    pack,
-    token_logprobs,
-)
-from rollout import Markers, sample_rollouts
-from runtime.data import load_questions
-from runtime.engines import PlainEngine
+from packing import Branch, Tree, flex_mask, is_visible, pack, pack_share, token_logprobs
 from tasks import arithmetic
 
 VOCABULARY = len(arithmetic.VOCABULARY)
@@ -139,25 +125,12 @@ def highest_resident() -> float:
 def bench_memory():
     print("memory: MiB added by log-probs, forward + backward, chunks of 1024 against all logits")
     for vocabulary, tokens in ((32_000, 2048), (32_000, 4096), (64_000, 2048)):
-        chunked, whole = (
-            float(
-                subprocess.run(
-                    [
-                        sys.executable,
-                        __file__,
-                        "peak",
-                        "--sizes",
-                        str(vocabulary),
-                        str(tokens),
-                        str(chunk),
-                    ],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout
-            )
+        sizes = [sys.executable, __file__, "peak", "--sizes", str(vocabulary), str(tokens)]
+        outputs = [
+            subprocess.run([*sizes, str(chunk)], capture_output=True, text=True, check=True).stdout
             for chunk in (1024, 0)
-        )
+        ]
+        chunked, whole = map(float, outputs)
         print(
             f"  V {vocabulary:7} × {tokens} tokens: {chunked:6.0f} against {whole:6.0f} "
             f"({vocabulary * tokens * 4 / 2**20:.0f} for one float32 copy of the logits)"
@@ -172,8 +145,7 @@ def bench_host(repeats: int):
     rows = []
 
     def work():
-        plan = balance([len(t) for t in trees], 8, 32768)
-        rows[:] = [pack([trees[i] for i in row], 128) for row in plan[0]]
+        rows[:] = pack_share(trees, 0, 8, 32768, 128)
 
     print(f"host: 512 traces, {sum(map(len, trees))} tokens, 8 processes; of one of them:")
     packing = statistics.median(seconds(work) for _ in range(repeats))
@@ -239,59 +211,16 @@ def bench_step(repeats: int):
     with tempfile.TemporaryDirectory() as directory:
         for row in (512, 1024, 2048):
             out = Path(directory) / str(row)
-            subprocess.run(
-                [
-                    sys.executable,
-                    ROOT / "train.py",
-                    "--steps",
-                    str(repeats + 1),
-                    "--max-tokens-per-row",
-                    str(row),
-                    "--eval-questions",
-                    "8",
-                    "--save-every",
-                    "0",
-                    "--output-dir",
-                    out,
-                ],
-                capture_output=True,
-                check=True,
-            )
+            flags = f"--steps {repeats + 1} --max-tokens-per-row {row} --eval-questions 8"
+            flags = [*flags.split(), "--save-every", "0", "--output-dir", out]
+            command = [sys.executable, ROOT / "train.py", *flags]
+            subprocess.run(command, capture_output=True, check=True)
             lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][1:]
             parts = {k: statistics.median(x[k] for x in lines) for k in lines[0] if "time/" in k}
             print(
                 f"  rows of {row:4} tokens: "
                 + "  ".join(f"{k.removeprefix('time/')} {v:.2f}" for k, v in parts.items())
             )
-
-
-def bench_sample(repeats: int):
-    path = arithmetic.load_or_write_base(ROOT / "runs", 0)
-    tokenizer, engine = AutoTokenizer.from_pretrained(path), PlainEngine(str(path))
-    questions, _ = load_questions("miniature", tokenizer, "{question}", 12)
-    markers, keep = Markers.from_tokenizer(tokenizer, 7), engine._keep
-
-    def sample():
-        return [
-            s.tokens
-            for r in sample_rollouts(
-                engine, questions[:16], (16, 32, 48, 64), 8, 4, markers, 1.0, (0, 0)
-            )
-            for s in r.summaries
-        ]
-
-    results, pairs = [], []
-    for _ in range(repeats + 1):
-        times = []
-        for engine._keep in (keep, lambda *row: None):
-            times.append(seconds(lambda: results.append(sample())))
-        pairs.append(times)
-    with_it, without = (statistics.median(side) for side in zip(*pairs[1:]))
-    print(
-        f"sample: {with_it:.2f} s with reuse, {without:.2f} s without, "
-        f"{statistics.median(b / a for a, b in pairs[1:]):.2f} × as fast; the same tokens: "
-        f"{all(tokens == results[0] for tokens in results)}"
-    )
 
 
 def bench_threads(repeats: int):
@@ -324,7 +253,7 @@ def bench_threads(repeats: int):
 
 
 def main():
-    parts = ("tree", "memory", "host", "advantages", "step", "sample", "threads")
+    parts = ("tree", "memory", "host", "advantages", "step", "threads")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Will it fit? The memory of one training process, without a GPU and without weights.
+"""The memory of one training process, planned without a GPU and without weights.
 
     python scripts/plan.py --preset paper-8k                      8 GPUs of 80 GiB
     python scripts/plan.py --preset paper-8k --gpus 1 4 8 --gpu-memory 48
@@ -26,6 +26,7 @@ from runtime.config import Config, check, parse
 from tasks import arithmetic
 
 OTHER = 5.0  # GiB, not measured: CUDA contexts, NCCL's buffers, vLLM's CUDA graphs, fragments
+APPENDED = 10  # tokens before a summary, an allowance: 5 or 8 with R1-Distill's tokenizer
 GIB = 2**30
 
 
@@ -51,13 +52,13 @@ def longest_tree(c: Config) -> int:
     """Tokens of a trace that uses its whole budget, with all its trained summaries."""
     budgets = c.budget_prior.budgets
     summaries = c.num_summaries * (len(budgets) if c.train_summaries == "all" else 1)
-    summary = c.max_summary_tokens + 10  # the appended text: 5 or 8 tokens of R1-Distill's
-    return c.max_prompt_tokens + budgets[-1] + summaries * summary
+    length = c.max_prompt_tokens + budgets[-1] + summaries * (APPENDED + c.max_summary_tokens)
+    return -(-length // 128) * 128  # rows are padded to FlexAttention's blocks
 
 
 def row_tokens(c: Config) -> int:
     """Tokens of the longest training row: a tree that is longer than a row gets its own."""
-    return -(-max(c.max_tokens_per_row, longest_tree(c)) // 128) * 128
+    return max(-(-c.max_tokens_per_row // 128) * 128, longest_tree(c))
 
 
 def training_peak(config, gpus: int, tokens: int) -> dict[str, int]:
@@ -96,20 +97,18 @@ def training_peak(config, gpus: int, tokens: int) -> dict[str, int]:
             (in_step,) = tracker.get_tracker_snapshot("peak").values()
     finally:
         dist.destroy_process_group()
-    of = {getattr(kind, "value", kind): size for kind, size in in_rows.items()}
+    sizes = {getattr(kind, "value", kind): size for kind, size in in_rows.items()}
+    layers = config.num_hidden_layers
     # The tracker's other kinds mix; these follow from the shapes, and the rest is the total's.
     kinds = {
-        "weights, float32, sharded": of["Sharded Param"],
+        "weights, float32, sharded": sizes["Sharded Param"],
         "two moments of AdamW, sharded": 8 * parameters // gpus,
         "gradients, float32, summed over rows": 4 * parameters,
-        "gathered bfloat16 weights": of["Unsharded Param"] + of["All Gather"],
-        "activations: the layers' inputs": config.num_hidden_layers
-        * tokens
-        * config.hidden_size
-        * 2,
+        "gathered bfloat16 weights": sizes["Unsharded Param"] + sizes["All Gather"],
+        "activations: the layers' inputs": 2 * tokens * layers * config.hidden_size,
     }
-    kinds["activations: one layer; logits"] = of["Total"] - sum(kinds.values())
-    kinds["AdamW's step, beyond all this"] = max(0, in_step["Total"] - of["Total"])
+    kinds["activations: one layer; logits"] = sizes["Total"] - sum(kinds.values())
+    kinds["AdamW's step, beyond all this"] = max(0, in_step["Total"] - sizes["Total"])
     return {**kinds, "parameters": parameters}
 
 
@@ -127,7 +126,7 @@ def fake_row(tokens: int) -> packing.Row:
             return torch.empty(tokens, 1, dtype=torch.int64)
 
     row = {name: torch.empty(tokens, dtype=torch.int64) for name in packing.Row.__annotations__}
-    return packing.Row(**{**row, "trained": Trained()})
+    return packing.Row(**row | {"trained": Trained(), "old_logp": None})
 
 
 class Attention(torch.autograd.Function):
@@ -168,41 +167,33 @@ def stub_attention():
 
 def advice(c: Config, short: float) -> str:
     """What to lower when `short` GiB are missing."""
-    if c.engine == "vllm" and c.kv_cache_gb - short >= 2:
-        return (
-            f"lower --kv-cache-gb to {c.kv_cache_gb - short:.0f}: sampling gets slower, "
-            "results stay"
-        )
-    least = -(-longest_tree(c) // 128) * 128
-    if c.max_tokens_per_row > least:
+    cache = c.kv_cache_gb - short
+    if c.engine == "vllm" and cache >= 2:
+        return f"lower --kv-cache-gb to {cache:.0f}: sampling gets slower, results stay"
+    if c.max_tokens_per_row > longest_tree(c):
         return (
             f"lower --max-tokens-per-row (activations are in proportion to it; not below the "
-            f"longest tree, {least}) and --kv-cache-gb, and plan again"
+            f"longest tree, {longest_tree(c)}) and --kv-cache-gb, and plan again"
         )
     return "use more GPUs, or lower --max-budget or --num-summaries"
 
 
-def report(c: Config, config, machine: Machine) -> str:
+def describe(c: Config, config, machine: Machine) -> str:
+    """The plan for each number of GPUs side by side, and what to lower where it does not fit."""
     plans = [plan(c, config, n) for n in machine.gpus]
-    lines = [
-        f"{c.preset} · {c.experiment} · {c.model} · rows of {row_tokens(c)} tokens",
-        f"GiB of each process; GPUs:{'':25}" + "".join(f"{n:8}" for n in machine.gpus),
-    ]
-    lines += [f"  {name:48}" + "".join(f"{p[name]:8.1f}" for p in plans) for name in plans[0]]
     totals = [sum(p.values()) for p in plans]
-    lines.append(
-        f"  {f'in all, of {machine.gpu_memory:g}':48}" + "".join(f"{t:8.1f}" for t in totals)
-    )
+
+    def line(name, values, form):
+        return f"{name:50}" + "".join(f"{x:8{form}}" for x in values)
+
+    lines = [f"{c.preset} · {c.experiment} · {c.model} · rows of {row_tokens(c)} tokens"]
+    lines += [line("GiB of each process; GPUs:", machine.gpus, "")]
+    lines += [line(f"  {name}", [p[name] for p in plans], ".1f") for name in plans[0]]
+    lines += [line(f"  in all, of {machine.gpu_memory:g}", totals, ".1f")]
     for n, total in zip(machine.gpus, totals):
         short = total - 0.95 * machine.gpu_memory
-        lines.append(
-            f"{n} GPU(s): "
-            + (
-                "fits"
-                if short <= 0
-                else f"does NOT fit: {short:.1f} GiB too much. {advice(c, short)}"
-            )
-        )
+        missing = f"does NOT fit: {short:.1f} GiB too much. {advice(c, short)}"
+        lines.append(f"{n} GPU(s): {missing if short > 0 else 'fits'}")
     if c.engine == "plain":
         lines.append("The plain engine's caches are not in this: they grow with its batches.")
     return "\n".join(lines)
@@ -218,18 +209,21 @@ def open_config(model: str):
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise ValueError(
-            f"--model {model}: its config.json is neither here nor can it be fetched "
-            "from the hub. Copy that one file into a directory and pass the "
-            f"directory ({str(e).splitlines()[0][:120]})"
+            f"--model {model}: its config.json is neither here nor can it be fetched from the hub "
+            f"({str(e).splitlines()[0][:120]}). Copy that one file into a directory and pass that"
         ) from e
 
 
-if __name__ == "__main__":
+def main(args: list[str]):
     import tyro
 
-    machine, rest = tyro.cli(Machine, add_help=False, return_unknown_args=True)
+    machine, rest = tyro.cli(Machine, args=args, add_help=False, return_unknown_args=True)
     with distributed.exit_on_bad_input():
         c = parse(rest)
         for n in machine.gpus:
             check(c, n)
-        print(report(c, open_config(c.model), machine))
+        print(describe(c, open_config(c.model), machine))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Does everything work on this machine? Every part once, small, before the long run is paid for.
+"""A check of this machine: every part of a run once, small, before the long run is paid for.
 
     torchrun --nproc_per_node 8 scripts/preflight.py --preset paper-8k    about 3 minutes (untried)
     python scripts/preflight.py                                           the miniature, on a CPU
@@ -16,6 +16,7 @@ import sys
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's ro
 import rollout
 import train
 from packing import Branch, Tree, pack
-from runtime import distributed
+from runtime import distributed, startup
 from runtime.config import Config, check, parse
 from scripts.plan import GIB, row_tokens
 from tasks import arithmetic
@@ -68,47 +69,51 @@ def main(args: list[str]) -> bool:
     if distributed.rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
     distributed.barrier()
-    verdicts = Verdicts()
 
-    train.make_grader = every_other_grader
-    train.train(c)
-    first, second = metrics_of(out)
-    if distributed.rank() == 0:  # a run does not go back behind its newest checkpoint
-        shutil.rmtree(out / "checkpoints" / "step-00000002")
-    train.train(replace(c, resume=str(out / "checkpoints" / "step-00000001")))
-    _, again = metrics_of(out)
+    checkpoints = out / "checkpoints"
+    with patch.object(startup, "make_grader", every_other_grader):
+        train.train(c)
+        first, second = metrics_of(out)
+        if distributed.rank() == 0:  # a run does not go back to before its newest checkpoint
+            shutil.rmtree(checkpoints / "step-00000002")
+        train.train(replace(c, resume=str(checkpoints / "step-00000001")))
+        _, again = metrics_of(out)
 
-    limit = LIMIT[device.type]
-    verdicts.add(
-        "updates without a gradient",
-        sum(norm == 0 for m in (first, second, again) for norm in m["grad_norm"]),
-        0,
-    )
-    verdicts.add("sampler against trainer", first["sampler_gap"], limit)
-    # Sampled by weights that one update has moved: a missed sync would leave the old ones.
-    verdicts.add("the same after a weight sync", second["sampler_gap"], limit)
-    verdicts.add("the same after a resume", again["sampler_gap"], limit)
-    verdicts.add(
-        "the resumed step repeats itself: difference in loss",
-        abs(again["loss"] - second["loss"]),
-        limit * abs(second["loss"]) + 1e-6 if device.type == "cpu" else float("inf"),
-    )
+    cpu, limit = device.type == "cpu", LIMIT[device.type]
+    frozen = sum(norm == 0 for m in (first, second, again) for norm in m["grad_norm"])
+    repeats = limit * abs(second["loss"]) + 1e-6 if cpu else float("inf")
+    good = [
+        verdict("updates without a gradient", frozen, 0),
+        verdict("sampler against trainer", first["sampler_gap"], limit),
+        # Sampled by weights that one update has moved: a missed sync would leave the old ones.
+        verdict("the same after a weight sync", second["sampler_gap"], limit),
+        verdict("the same after a resume", again["sampler_gap"], limit),
+        verdict(
+            "the resumed step repeats itself: difference in loss",
+            abs(again["loss"] - second["loss"]),
+            repeats,
+        ),
+    ]
 
     distributed.start()
     base = arithmetic.base_path(Path("runs"), c.seed) if c.model == "miniature" else c.model
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # closed engines' rest
+    before = 0 if cpu else torch.cuda.memory_allocated()  # what the closed engines left
     model = distributed.load_policy(str(base), device)
-    verdicts.add("a tree against separate sequences", tree_against_separate(model, device), limit)
-    if device.type == "cuda":
-        verdicts.add("FlexAttention against dense", flex_against_dense(model, device), limit)
+    separate = tree_against_separate(model, device)
+    good.append(verdict("a tree against separate sequences", separate, limit))
+    if cpu:
+        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        say("FlexAttention against dense", "trains on GPUs only")
+        say("memory", f"{gib:.1f} GiB at the peak of this process")
     else:
-        verdicts.skip("FlexAttention against dense", "trains on GPUs only")
-    verdicts.memory(model, device, full, before)
+        dense = flex_against_dense(model, device)
+        good.append(verdict("FlexAttention against dense", dense, limit))
+        good.append(memory(model, device, full, before))
     for name, seconds in second.items():
         if name.startswith("time/"):
-            verdicts.skip(f"a small step, {name.removeprefix('time/')}", f"{seconds:.1f} s")
+            say(f"a small step, {name.removeprefix('time/')}", f"{seconds:.1f} s")
     distributed.stop()
-    return verdicts.good
+    return all(good)
 
 
 def every_other_grader(verifier, tokenizer, markers):
@@ -132,45 +137,34 @@ def metrics_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-class Verdicts:
-    """One line for each part, from the first process."""
+def say(part: str, numbers: str, verdict: str = ""):
+    """A line for one part, from the first process."""
+    if distributed.rank() == 0:
+        print(f"{verdict:4}  {part:52} {numbers}", flush=True)
 
-    def __init__(self):
-        self.good = True
 
-    def add(self, part: str, value: float, limit: float, unit: str = ""):
-        ok = value <= limit
-        self.good &= ok
-        self.line("ok  " if ok else "FAIL", part, f"{value:.2g}{unit} (limit {limit:.2g}{unit})")
+def verdict(part: str, value: float, limit: float, unit: str = "") -> bool:
+    ok = value <= limit
+    say(part, f"{value:.2g}{unit} (limit {limit:.2g}{unit})", "ok" if ok else "FAIL")
+    return ok
 
-    def skip(self, part: str, why: str):
-        self.line("    ", part, why)
 
-    def line(self, verdict: str, part: str, numbers: str):
-        if distributed.rank() == 0:
-            print(f"{verdict}  {part:52} {numbers}", flush=True)
-
-    def memory(self, model, device, full: Config, before: int):
-        """One update at the real row length, and what the sampler will hold beside it."""
-        if device.type == "cpu":
-            rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            return self.skip("memory", f"{rss:.1f} GiB at the peak of this process")
-        torch.cuda.reset_peak_memory_stats()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-        tokens = row_tokens(full)
-        thinking = torch.randint(100, (tokens - 1,)).tolist()
-        row = pack([Tree([0], thinking, [])], 128).to(device)
-        for last in (False, True):  # the second row finds the first one's gradients
-            distributed.accumulate(model, last)
-            model.token_logprobs(row, 1.0).sum().backward()
-        distributed.clip_gradients(model, 1.0)
-        optimizer.step()
-        sampler = full.kv_cache_gb * (
-            full.engine == "vllm"
-        ) + 2 / GIB / full.tensor_parallel_size * sum(p.numel() for p in model.parameters())
-        total = torch.cuda.get_device_properties(device).total_memory / GIB
-        used = (torch.cuda.max_memory_allocated() - before) / GIB + sampler
-        self.add(f"memory: a row of {tokens} tokens, and the sampler", used, 0.9 * total, " GiB")
+def memory(model, device, full: Config, before: int) -> bool:
+    """One update at the real row length on a GPU, and what the sampler will hold beside it."""
+    torch.cuda.reset_peak_memory_stats()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    tokens = row_tokens(full)
+    row = pack([Tree([0], torch.randint(100, (tokens - 1,)).tolist(), [])], 128).to(device)
+    for last in (False, True):  # the second row finds the first one's gradients
+        distributed.accumulate(model, last)
+        model.token_logprobs(row, 1.0).sum().backward()
+    distributed.clip_gradients(model, 1.0)
+    optimizer.step()
+    weights = 2 * sum(p.numel() for p in model.parameters()) / full.tensor_parallel_size / GIB
+    cache = full.kv_cache_gb if full.engine == "vllm" else 0.0
+    used = (torch.cuda.max_memory_allocated() - before) / GIB + weights + cache
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    return verdict(f"memory: a row of {tokens} tokens, and the sampler", used, 0.9 * total, " GiB")
 
 
 # ----------------------------------------------------- two ways to compute the same, on this device

@@ -23,9 +23,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from runtime import plots
 from runtime.config import EXPERIMENTS
-from runtime.plots import COLOURS, INK, draw_curves
+from runtime.plots import COLOURS, STYLE, cell, draw_curves, markdown, pyplot
 from tasks import arithmetic
 
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
@@ -60,26 +59,13 @@ def train(variant: str, seed: int, lr: float):
     out = directory(variant, seed, lr)
     if (out / "model").exists():
         return
-    command = [
-        sys.executable,
-        "train.py",
-        *VARIANTS[variant],
-        "--seed",
-        str(seed),
-        "--lr",
-        str(lr),
-        *COMMON,
-        "--output-dir",
-        str(out),
-        "--resume",
-        "auto",
-    ]
+    flags = ["--seed", str(seed), "--lr", str(lr), "--output-dir", str(out), "--resume", "auto"]
+    command = [sys.executable, "train.py", *VARIANTS[variant], *COMMON, *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)} ended with {done.returncode}:\n" + done.stderr[-2000:]
-        )
+        error = done.stderr[-2000:]
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{error}")
     print(f"{out.name}: {done.stdout.splitlines()[-2]}", flush=True)
 
 
@@ -102,27 +88,26 @@ def make_base(seed: int):
 # ------------------------------------------------------------------------------------- what it says
 
 
-def result(variant: str, seed: int, lr: float) -> dict:
-    return json.loads((directory(variant, seed, lr) / "eval.json").read_text())
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tuning(variant: str, lr: float) -> float:
+    """Anytime accuracy at a learning rate, mean over the tuning seeds."""
+    files = [directory(variant, seed, lr) / "eval.json" for seed in TUNING_SEEDS]
+    return statistics.mean(json.loads(file.read_text())["anytime_accuracy"] for file in files)
 
 
 def best_rate(variant: str) -> float:
-    """The rate with the highest anytime accuracy, mean over the tuning seeds."""
-    return max(
-        RATES,
-        key=lambda lr: statistics.mean(
-            result(variant, seed, lr)["anytime_accuracy"] for seed in TUNING_SEEDS
-        ),
-    )
+    return max(RATES, key=lambda lr: tuning(variant, lr))
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def cell(values: list[float], decimals: int = 3, sign: str = "") -> str:
-    mean, spread = mean_and_spread(values)
-    return f"{mean:{sign}.{decimals}f} ± {spread:.{decimals}f}"
+def over_seeds(values: list[float], decimals: int = 3) -> str:
+    return cell(*mean_and_spread(values), decimals)
 
 
 # Two-sided 95 % quantiles of Student's t, by the number of pairs.
@@ -135,20 +120,11 @@ def paired(values: list[float]) -> str:
     mean, spread = mean_and_spread(values)
     error = spread / len(values) ** 0.5
     clear = len(values) > 1 and abs(mean) > T_95.get(len(values), 2.26) * error
-    return f"{mean:+.3f} ± {error:.3f}{'' if clear else NOISE}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return plots.markdown([head, ["---"] * len(head), *rows])
+    return cell(mean, error, sign="+") + ("" if clear else NOISE)
 
 
 def tuning_table() -> str:
-    rows = []
-    for variant in TUNED:
-        columns = [
-            [result(variant, seed, lr)["anytime_accuracy"] for seed in TUNING_SEEDS] for lr in RATES
-        ]
-        rows.append([f"`{variant}`", *(f"{statistics.mean(c):.3f}" for c in columns)])
+    rows = [[f"`{v}`", *(f"{tuning(v, lr):.3f}" for lr in RATES)] for v in TUNED]
     return markdown(["anytime accuracy at lr", *(f"{lr:g}" for lr in RATES)], rows)
 
 
@@ -157,105 +133,70 @@ def results_table(results: dict[str, list[dict]]) -> str:
     first = results["ar-uniform"]
     budgets = first[0]["budgets"]
     shown = [j for j, b in enumerate(budgets) if b in (8, 16, 32, 64)]
-    rows = [
-        [
-            "before",
-            *(cell([r["before"]["accuracy"][j] for r in first]) for j in shown),
-            cell([r["before"]["anytime_accuracy"] for r in first]),
-            cell([r["before"]["thinking_tokens"] for r in first], 1),
-            "",
-        ]
-    ]
-    for name, of in results.items():
-        difference = [r["anytime_accuracy"] - f["anytime_accuracy"] for r, f in zip(of, first)]
-        rows.append(
-            [
-                f"`{name}`",
-                *(cell([r["accuracy"][j] for r in of]) for j in shown),
-                cell([r["anytime_accuracy"] for r in of]),
-                cell([r["thinking_tokens"] for r in of], 1),
-                paired(difference) if name != "ar-uniform" else "",
-            ]
-        )
-    return markdown(
-        [
-            "",
-            *(f"@{budgets[j]}" for j in shown),
-            "anytime",
-            "trace tokens",
-            "anytime, minus `ar-uniform`",
-        ],
-        rows,
-    )
+
+    def row(name, runs, difference):
+        anytime = over_seeds([r["anytime_accuracy"] for r in runs])
+        tokens = over_seeds([r["thinking_tokens"] for r in runs], 1)
+        curve = [over_seeds([r["accuracy"][j] for r in runs]) for j in shown]
+        return [name, *curve, anytime, tokens, difference]
+
+    rows = [row("before", [r["before"] for r in first], "")]
+    for name, runs in results.items():
+        pairs = [r["anytime_accuracy"] - f["anytime_accuracy"] for r, f in zip(runs, first)]
+        rows.append(row(f"`{name}`", runs, paired(pairs) if runs is not first else ""))
+    columns = [*(f"@{budgets[j]}" for j in shown), "anytime", "trace tokens"]
+    return markdown(["", *columns, "anytime, minus `ar-uniform`"], rows)
 
 
 def comparison_table(results: dict[str, list[dict]]) -> str:
     """What the paper reports, and the same difference here, paired within seeds."""
-    budgets = results["ar-uniform"][0]["budgets"]
-    shared = "grpo at ar's rate" if "grpo at ar's rate" in results else "grpo"
+    results, shared = {"grpo at ar's rate": results["grpo"], **results}, "grpo at ar's rate"
 
-    def difference(a, b, key="anytime_accuracy"):
-        return paired([x[key] - y[key] for x, y in zip(results[a], results[b])])
+    def difference(a, b, value=lambda run: run["anytime_accuracy"]):
+        return paired([value(x) - value(y) for x, y in zip(results[a], results[b])])
 
     def by_budget(a, b):
         found = {"above at": [], "below at": [], "within noise at": []}
-        for j, budget in enumerate(budgets):
-            text = paired(
-                [x["accuracy"][j] - y["accuracy"][j] for x, y in zip(results[a], results[b])]
-            )
-            kind = (
-                "within noise at" if NOISE in text else "above at" if text[0] == "+" else "below at"
-            )
+        for j, budget in enumerate(results[a][0]["budgets"]):
+            text = difference(a, b, lambda run, j=j: run["accuracy"][j])
+            clear = "above at" if text[0] == "+" else "below at"
+            kind = "within noise at" if NOISE in text else clear
             found[kind].append(f"{budget} ({text.removesuffix(NOISE)})")
         return "; ".join(f"{kind} {', '.join(at)}" for kind, at in found.items() if at)
 
+    anytime = difference("ar-uniform", "grpo")
+    final = difference("ar-uniform", "grpo", lambda run: run["final_accuracy"])
     rows = [
-        [
-            "`ar-uniform` above `grpo` in anytime accuracy: 46.0 against 43.0 %",
-            difference("ar-uniform", "grpo"),
-        ],
-        [
-            "and in final accuracy (AIME 2024: 32.7 against 28.9 %)",
-            difference("ar-uniform", "grpo", "final_accuracy"),
-        ],
-        *(
-            [f"`{name}` above `grpo` at every budget from 1000 to 8000", by_budget(name, "grpo")]
-            for name in ("ar-uniform", "ar-linear", "ar-base")
-        ),
-        [
-            "parts of the method added to `grpo`: dense rewards (`grpo-linear`)",
-            difference("grpo-linear", shared),
-        ],
+        ["`ar-uniform` above `grpo` in anytime accuracy: 46.0 against 43.0 %", anytime],
+        ["and in final accuracy (AIME 2024: 32.7 against 28.9 %)", final],
+    ]
+    for name in ("ar-uniform", "ar-linear", "ar-base"):
+        claim = f"`{name}` above `grpo` at every budget from 1000 to 8000"
+        rows.append([claim, by_budget(name, "grpo")])
+    parts = "parts of the method added to `grpo`: dense rewards (`grpo-linear`)"
+    decoupled = "BRPO's baseline with decoupled summaries (`ar-base` against `grpo-decouple`)"
+    dense = "BRPO's baseline under dense rewards (`ar-uniform` against its `group`)"
+    rows += [
+        [parts, difference("grpo-linear", shared)],
         ["decoupled summaries (`grpo-decouple`)", difference("grpo-decouple", shared)],
         ["BRPO's baseline (`grpo-vr`)", difference("grpo-vr", shared)],
-        [
-            "BRPO's baseline with decoupled summaries (`ar-base` against `grpo-decouple`)",
-            difference("ar-base", "grpo-decouple"),
-        ],
-        [
-            "BRPO's baseline under dense rewards (`ar-uniform` against its `group`)",
-            difference("ar-uniform", "ar-uniform, group"),
-        ],
+        [decoupled, difference("ar-base", "grpo-decouple")],
+        [dense, difference("ar-uniform", "ar-uniform, group")],
     ]
     return markdown(["the paper", "here: difference ± standard error over seeds"], rows)
 
 
-def residuals(results_at: list[Path], baseline: str) -> list[float]:
+def residuals(runs: list[Path], baseline: str) -> list[float]:
     """Var[R - V] / Var[R] per segment, mean over the first steps of all runs, over the rollouts
     that have tokens in the segment."""
-    key, lines = f"variance_trained/residual/{baseline}", []
-    for path in results_at:
-        lines += [json.loads(x)[key] for x in (path / "metrics.jsonl").read_text().splitlines()][
-            :EARLY
-        ]
+    key = f"variance_trained/residual/{baseline}"
+    lines = [line[key] for run in runs for line in read_lines(run / "metrics.jsonl")[:EARLY]]
     return [statistics.mean(x for x in column if x is not None) for column in zip(*lines)]
 
 
-def variance_table(paths: list[Path]) -> str:
-    rows = [
-        [f"`{b}`", *(f"{x:.2f}" for x in residuals(paths, b))]
-        for b in ("brpo", "group", "progress")
-    ]
+def variance_table(runs: list[Path]) -> str:
+    columns = {name: residuals(runs, name) for name in ("brpo", "group", "progress")}
+    rows = [[f"`{name}`", *(f"{x:.2f}" for x in values)] for name, values in columns.items()]
     return markdown(["baseline", "segment 1", "2", "3", "4"], rows)
 
 
@@ -272,82 +213,42 @@ def mean_curve(curves: list[dict]) -> dict:
 
 def draw_study(runs: dict[str, list[Path]], path: Path):
     """Learning, accuracy, trace length and variance: mean over seeds, band of one deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     def band(axes, x, columns, label, colour):
         mean, spread = zip(*map(mean_and_spread, columns))
+        low, high = [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)]
         axes.plot(x, mean, color=colour, label=label, linewidth=1.6)
-        axes.fill_between(
-            x,
-            [m - s for m, s in zip(mean, spread)],
-            [m + s for m, s in zip(mean, spread)],
-            color=colour,
-            alpha=0.15,
-            lw=0,
-        )
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
-    shown = dict(zip(("ar-uniform", "ar-linear", "ar-base", "grpo"), COLOURS))
-    with plt.rc_context(
-        {
-            "font.size": 8,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    ):
-        figure, ((learning, curve), (length, variance)) = plt.subplots(
-            2, 2, figsize=(7.2, 5.4), layout="constrained"
-        )
-        for name, colour in shown.items():
-            evals = [
-                [json.loads(x) for x in (d / "evals.jsonl").read_text().splitlines()]
-                for d in runs[name]
-            ]
+    with plt.rc_context(STYLE | {"font.size": 8}):
+        figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.4), layout="constrained")
+        (learning, curve), (length, variance) = axes
+        for name, colour in zip(("ar-uniform", "ar-linear", "ar-base", "grpo"), COLOURS):
+            evals = [read_lines(run / "evals.jsonl") for run in runs[name]]
             steps = [e["step"] for e in evals[0]]
-            for axes, key in ((learning, "anytime_accuracy"), (length, "thinking_tokens")):
-                band(axes, steps, zip(*([e[key] for e in run] for run in evals)), name, colour)
-            band(
-                curve,
-                evals[0][-1]["budgets"],
-                zip(*(run[-1]["accuracy"] for run in evals)),
-                name,
-                colour,
-            )
+            for part, key in ((learning, "anytime_accuracy"), (length, "thinking_tokens")):
+                band(part, steps, zip(*([e[key] for e in run] for run in evals)), name, colour)
+            accuracies = zip(*(run[-1]["accuracy"] for run in evals))
+            band(curve, evals[0][-1]["budgets"], accuracies, name, colour)
         for name, colour in zip(("brpo", "group", "progress"), COLOURS):
-            values = residuals(runs["ar-uniform"], name)
-            variance.plot(
-                range(1, len(values) + 1),
-                values,
-                marker="o",
-                markersize=3,
-                label=name,
-                color=colour,
-                linewidth=1.6,
-            )
-        variance.set_xticks(range(1, len(values) + 1))
-        for axes, title, x in (
+            y = residuals(runs["ar-uniform"], name)
+            x = range(1, len(y) + 1)
+            variance.plot(x, y, "o-", markersize=3, label=name, color=colour, linewidth=1.6)
+        variance.set_xticks(x)
+        for part, title, x in (
             (learning, "Anytime accuracy while training", "step"),
             (curve, "Accuracy after training", "thinking budget (tokens)"),
             (length, "Thinking tokens of a trace", "step"),
             (variance, f"Var[R - V] / Var[R], first {EARLY} steps", "segment"),
         ):
-            axes.set_title(title, loc="left", fontweight="bold", fontsize=9)
-            axes.set_xlabel(x)
-            axes.legend(frameon=False, fontsize=7)
+            part.set_title(title, loc="left", fontweight="bold", fontsize=9)
+            part.set_xlabel(x)
+            part.legend(frameon=False, fontsize=7)
         curve.set_ylim(top=1.0)
-        seeds = len(runs["ar-uniform"])
-        figure.suptitle(
-            f"shaded: ± 1 standard deviation over {seeds} seeds",
-            x=0.01,
-            ha="left",
-            fontsize=8,
-            color="#666666",
-        )
-        figure.savefig(path, dpi=200, facecolor="white")
+        what = f"shaded: ± 1 standard deviation over {len(runs['ar-uniform'])} seeds"
+        figure.suptitle(what, x=0.01, ha="left", fontsize=8, color="#666666")
+        figure.savefig(path, dpi=200)
         plt.close(figure)
 
 
@@ -357,17 +258,14 @@ def write_results(seeds: tuple[int, ...], rates: dict[str, float], docs: Path = 
     if rates["grpo"] != rates["ar-uniform"]:
         runs["grpo at ar's rate"] = [directory("grpo", seed, rates["ar-uniform"]) for seed in seeds]
     results = {
-        name: [json.loads((d / "eval.json").read_text()) for d in of] for name, of in runs.items()
+        name: [json.loads((run / "eval.json").read_text()) for run in paths]
+        for name, paths in runs.items()
     }
     draw_study(runs, docs / "study.png")
-    draw_curves(
-        {
-            "before": mean_curve([r["before"] for r in results["ar-uniform"]]),
-            **{name: mean_curve(results[name]) for name in ("ar-uniform", "grpo")},
-        },
-        docs / "anytime_curve.png",
-        band=f"shaded: ± 1 standard deviation over {len(seeds)} seeds",
-    )
+    curves = {"before": mean_curve([r["before"] for r in results["ar-uniform"]])}
+    curves |= {name: mean_curve(results[name]) for name in ("ar-uniform", "grpo")}
+    what = f"shaded: ± 1 standard deviation over {len(seeds)} seeds"
+    draw_curves(curves, docs / "anytime_curve.png", what)
     text = f"""# The study on the miniature
 
 Written by `python scripts/study.py`, seeds {" ".join(map(str, seeds))}; the learning rate was
@@ -394,20 +292,13 @@ tokens in the segment (training data, T = 1: not the quantity of the paper's fig
 
 
 def main(a: Arguments):
-    run_all(
-        a.jobs, [(variant, seed, lr) for seed in TUNING_SEEDS for variant in TUNED for lr in RATES]
-    )
+    run_all(a.jobs, [(v, seed, lr) for seed in TUNING_SEEDS for v in TUNED for lr in RATES])
     rates = {variant: best_rate(variant) for variant in TUNED}
     print(f"learning rates: {rates}", flush=True)
-    run_all(
-        a.jobs,
-        [
-            (variant, seed, lr)
-            for seed in a.seeds
-            for variant in VARIANTS
-            for lr in sorted({rates["ar-uniform"], rates.get(variant, 0)} - {0})
-        ],
-    )
+    shared = rates["ar-uniform"]
+    rates_of = {v: sorted({shared, rates.get(v, shared)}) for v in VARIANTS}
+    wanted = [(v, seed, lr) for seed in a.seeds for v in VARIANTS for lr in rates_of[v]]
+    run_all(a.jobs, wanted)
     write_results(a.seeds, rates)
 
 

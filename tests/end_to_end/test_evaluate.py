@@ -1,25 +1,24 @@
-"""Measuring: the curve by hand, a kill in the middle, the trainer's own numbers, one question."""
+"""Measuring: the curve by hand, an interruption, the trainer's own numbers, one question."""
 
 import io
 import json
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 from transformers import AutoTokenizer
 
 import evaluate
 import train
 from evaluate import EVALUATION, anytime_curve
-from rollout import Markers, Output, sample_rollouts
+from rollout import Markers, Output, Sampling, make_grader, sample_rollouts
 from runtime.config import parse
 from runtime.data import PAPER_SETS, Question
 from runtime.engines import PlainEngine
 from runtime.watch import ask
 from tasks.verifier import Verifier
-from tests.conftest import ROOT, SHARED, run_script
+from tests.conftest import SHARED
 
 
 class CountingEngine:
@@ -52,20 +51,13 @@ def test_the_curve_by_hand(tiny_model_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     markers = Markers.from_tokenizer(tokenizer, 7)
     prompt = tuple(tokenizer.encode("1 +1 +1 ?<think>"))
-    questions = [
-        Question(0, "", "3", prompt),
-        Question(1, "", "2", prompt),
-    ]  # the second is right only when cut at two tokens
+    # The second is right only when cut at two tokens.
+    questions = [Question(0, "", "3", prompt), Question(1, "", "2", prompt)]
+    sets, sampling = {"a": questions, "b": questions[:1]}, Sampling((1, 2, 3, 8), 2, 1, 1.0, (0,))
     with Verifier(1) as verifier:
-        curve = anytime_curve(
-            CountingEngine(tokenizer),
-            {"a": questions, "b": questions[:1]},
-            (1, 2, 3, 8),
-            2,
-            markers,
-            tokenizer,
-            verifier,
-        )
+        grade = make_grader(verifier, tokenizer, markers)
+        opened = SimpleNamespace(tokenizer=tokenizer, markers=markers, grade=grade)
+        curve = anytime_curve(CountingEngine(tokenizer), sets, sampling, opened)
     assert curve["sets"]["a"]["accuracy"] == [0.0, 0.5, 0.5, 0.5]
     assert curve["sets"]["b"]["accuracy"] == [0.0, 0.0, 1.0, 1.0]
     assert curve["accuracy"] == [0.0, 0.25, 0.75, 0.75]  # the mean of the sets' means
@@ -84,27 +76,10 @@ def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_mode
         {"q": f"{d} +{n} *3 ?", "truth": (d + n) * 3 % 10} for d in range(10) for n in range(1, 5)
     ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(
-        [
-            str(trained_model_path),
-            str(tiny_model_path),
-            "--data",
-            str(tmp_path / "questions.jsonl"),
-            "--question-field",
-            "q",
-            "--answer-field",
-            "truth",
-            "--budgets",
-            "5",
-            "17",
-            "30",
-            "--samples",
-            "2",
-            "--output-dir",
-            str(tmp_path / "out"),
-        ]
-    )
-    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    flags = "--question-field q --answer-field truth --budgets 5 17 30 --samples 2".split()
+    flags += ["--data", str(tmp_path / "questions.jsonl"), "--output-dir", str(tmp_path / "out")]
+    evaluate.main([str(trained_model_path), str(tiny_model_path), *flags])
+    result = eval_json(tmp_path / "out")
     rise = result["paired_differences"]["to"][str(tiny_model_path)]["mean"]["anytime_accuracy"]
     result = result["models"]
     assert list(result) == [str(trained_model_path), str(tiny_model_path)]
@@ -122,47 +97,46 @@ def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_mode
     assert trained["variance"] is None  # 7.5 is no budget
 
 
-def test_two_processes_measure_the_same_curve(trained_model_path, tmp_path):
-    args = [trained_model_path, "--questions", 8, "--budgets", 12, 48]
-    evaluate.main([*map(str, args), "--output-dir", str(tmp_path / "one")])
-    run_script("evaluate.py", *args, "--output-dir", tmp_path / "two", processes=2)
-    one, two = (json.loads((tmp_path / n / "eval.json").read_text()) for n in ("one", "two"))
+def eval_json(directory) -> dict:
+    return json.loads((directory / "eval.json").read_text())
+
+
+def test_two_processes_measure_the_same_curve(trained_model_path, tmp_path, run_ranks):
+    args = [str(trained_model_path), *"--questions 8 --budgets 12 48 --output-dir".split()]
+    evaluate.main([*args, str(tmp_path / "one")])
+    run_ranks(lambda rank: evaluate.main([*args, str(tmp_path / "two")]), 2)
+    one, two = eval_json(tmp_path / "one"), eval_json(tmp_path / "two")
     assert one == two and one["anytime_accuracy"] == pytest.approx(sum(one["accuracy"]) / 2)
 
 
-def test_a_killed_evaluation_goes_on_from_its_records(trained_model_path, tmp_path):
-    args = [trained_model_path, "--questions", 64, "--samples", 4, "--chunk", 4]
-    evaluate.main([*map(str, args), "--output-dir", str(tmp_path / "unbroken")])
-    out = tmp_path / "broken"
-    process = subprocess.Popen(
-        [sys.executable, "evaluate.py", *map(str, args), "--output-dir", str(out)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.time() + 120
-    while time.time() < deadline and len(list(out.rglob("from-question-*.json"))) < 2:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
+def test_an_interrupted_evaluation_goes_on_from_its_records(
+    trained_model_path, tmp_path, monkeypatch
+):
+    args = [str(trained_model_path), *"--questions 8 --samples 2 --chunk 2 --output-dir".split()]
+    evaluate.main([*args, str(tmp_path / "unbroken")])
+    out, write = tmp_path / "broken", evaluate.write_records
+
+    def write_two(folder, records):
+        if len(list(out.rglob("from-question-*.json"))) == 2:
+            raise KeyboardInterrupt
+        write(folder, records)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "write_records", write_two)
+        evaluate.main([*args, str(out)])
     kept = {p: p.stat().st_mtime_ns for p in out.rglob("from-question-*.json")}
-    assert 2 <= len(kept) < 16 and not (out / "eval.json").exists()
-    evaluate.main([*map(str, args), "--output-dir", str(out)])
-    results = [(d / "eval.json").read_text() for d in (tmp_path / "unbroken", out)]
-    assert results[0] == results[1]
+    assert len(kept) == 2 and not (out / "eval.json").exists()
+    evaluate.main([*args, str(out)])
+    assert eval_json(tmp_path / "unbroken") == eval_json(out)
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items())  # not sampled again
-    assert len(list(out.rglob("from-question-*.json"))) == 16
+    assert len(list(out.rglob("from-question-*.json"))) == 4
 
 
 def test_records_belong_to_one_model_and_one_setting(trained_model_path, tmp_path):
     """Another seed, or other weights under the same name, and nothing kept is used."""
-    import shutil
-
-    import safetensors.torch
-
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(trained_model_path, model)
-    args = [str(model), "--questions", "4", "--samples", "1", "--output-dir", str(out)]
+    args = [str(model), "--output-dir", str(out), *"--questions 2 --samples 1".split()]
 
     def folders():
         return len(list((out / "records").iterdir()))
@@ -180,23 +154,24 @@ def test_records_belong_to_one_model_and_one_setting(trained_model_path, tmp_pat
 
 
 def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path, tmp_path, capsys):
-    small = ["--eval-questions", "16", "--eval-samples", "2", "--eval-budgets", "12", "24", "48"]
-    small += ["--questions-per-step", "4", "--num-rollouts", "4", "--steps", "1", "--seed", "3"]
-    train.train(
-        parse(["--model", str(trained_model_path), "--output-dir", str(tmp_path / "run"), *small])
-    )
-    trainers = json.loads((tmp_path / "run" / "eval.json").read_text())
+    flags = "--eval-questions 8 --eval-samples 2 --eval-budgets 12 24 48 --questions-per-step 4"
+    flags += " --num-rollouts 4 --steps 1 --seed 3 --output-dir"
+    run = tmp_path / "run"
+    train.train(parse(["--model", str(trained_model_path), *flags.split(), str(run)]))
+    trainers = eval_json(run)
     text = capsys.readouterr().out
     assert "before training" in text and "after training" in text
     assert trainers["example"]["question"] in text
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").open()]
     assert len(samples) == 2 and [cut["budget"] for cut in samples[0]["cuts"]] == [16, 32, 48, 64]
-    evaluate.main(
-        [str(tmp_path / "run" / "model"), "--questions", "16", "--samples", "2", "--seed", "3"]
-        + ["--budgets", "12", "24", "48"]
-    )
-    ours = json.loads((tmp_path / "run" / "evaluation" / "eval.json").read_text())
+    assert samples[0]["question"] != samples[1]["question"]
+    flags = "--questions 8 --samples 2 --seed 3 --budgets 12 24 48"
+    evaluate.main([str(run / "model"), *flags.split()])
+    ours = eval_json(run / "evaluation")
     assert {k: trainers[k] for k in ours} == ours  # the picture's and the table's numbers, all
+    accuracy = " ".join(f"{x:.3f}" for x in ours["accuracy"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"run {accuracy} {ours['anytime_accuracy']:.3f}" in lines
 
 
 @pytest.mark.skipif(
@@ -206,13 +181,10 @@ def test_the_papers_sets_are_five_panels_and_five_rows(trained_model_path, tmp_p
     cache = tmp_path / "anytime-reasoner"
     cache.symlink_to(SHARED / "data" / "test")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    evaluate.main(
-        [str(trained_model_path), "--data", "paper", "--questions", "2", "--samples", "1"]
-        + ["--budgets", "12", "24", "--prompt-template", "{question}", "--output-dir"]
-        + [str(tmp_path / "out"), "--max-prompt-tokens", "200"]
-    )
-    result = json.loads((tmp_path / "out" / "eval.json").read_text())
-    assert list(result["sets"]) == list(PAPER_SETS)
+    flags = "--data paper --questions 2 --samples 1 --budgets 12 24 --max-prompt-tokens 200"
+    flags += " --prompt-template {question} --output-dir"
+    evaluate.main([str(trained_model_path), *flags.split(), str(tmp_path / "out")])
+    assert list(eval_json(tmp_path / "out")["sets"]) == list(PAPER_SETS)
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert [line.split(" | ")[1] for line in table[2:]] == ["mean", *PAPER_SETS]
 
@@ -222,10 +194,20 @@ def test_ask_prints_each_answer_at_its_budget(budgets, trained_model_path):
     tokenizer = AutoTokenizer.from_pretrained(trained_model_path)
     markers = Markers.from_tokenizer(tokenizer, 7)
     prompt = tuple(tokenizer.encode("2 +3 *7 ?<think>"))
-    question, seed = Question(0, "2 +3 *7 ?", "", prompt), (0, EVALUATION, 0)
-    engine, out = PlainEngine(str(trained_model_path)), io.StringIO()
-    (r,) = sample_rollouts(engine, [question], budgets, 1, 1, markers, 1.0, seed)
-    ask(engine, question, budgets, markers, tokenizer, 1.0, seed, out=out)
+    question, opened = Question(0, "2 +3 *7 ?", "", prompt), SimpleNamespace()
+    opened.tokenizer, opened.markers = tokenizer, markers
+    sampling = Sampling(budgets, 1, 1, 1.0, (0, EVALUATION, 0))
+    engine, out, lengths = PlainEngine(str(trained_model_path)), io.StringIO(), []
+    (r,) = sample_rollouts(engine, [question], sampling, markers)
+    step = engine.step
+
+    def watched_step():
+        lengths.append(len(out.getvalue()))
+        return step()
+
+    engine.step = watched_step
+    ask(engine, question, sampling, opened, out=out)
+    assert len(set(lengths)) > len(r.thinking) / 2  # printed as it comes
     text, start = out.getvalue(), 0
     for b, s in zip(budgets, r.summaries):
         end = text.index(f"after {b} tokens", start)
@@ -235,8 +217,9 @@ def test_ask_prints_each_answer_at_its_budget(budgets, trained_model_path):
     assert printed == tokenizer.decode(r.thinking)
 
 
-def test_ask_on_the_command_line(trained_model_path):
-    text = run_script("evaluate.py", trained_model_path, "--ask", "2 +3 *7 ?", "--budgets", 6, 12)
+def test_ask_on_the_command_line(trained_model_path, capsys):
+    evaluate.main([str(trained_model_path), "--ask", "2 +3 *7 ?", "--budgets", "6", "12"])
+    text = capsys.readouterr().out
     assert "2 +3 *7 ?" in text and "after 6 tokens" in text and "after 12 tokens" in text
 
 

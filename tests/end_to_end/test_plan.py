@@ -1,6 +1,6 @@
 """The planned memory: against arithmetic, against real processes; what it says when short.
 
-Run as a script (by the test below), this file is the real process.
+Run as a script (by a test below), this file is the real process.
 """
 
 # ruff: noqa: E402
@@ -18,32 +18,15 @@ from packing import Tree, pack
 from runtime import distributed
 from runtime.config import PRESETS, Config
 from scripts import plan
+from scripts.bench_gpu import REAL
 from tests.conftest import run_script
 
-SHAPE = dict(
-    hidden_size=256,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=1024,
-    vocab_size=20000,
-    max_position_embeddings=4096,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    eos_token_id=1,
-    bos_token_id=None,
-)
-# DeepSeek-R1-Distill-Qwen-1.5B, as its config.json states it.
-REAL = dict(
-    hidden_size=1536,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    intermediate_size=8960,
-    vocab_size=151936,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-)
+SHAPE = {
+    **{"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096},
+    **{"vocab_size": 20000, "tie_word_embeddings": False},
+    **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None},
+}
 TOKENS = 1024
 # Of the peak: PyTorch's CPU kernels keep workspaces of their own, and attention there is another.
 TOLERANCE = 0.1
@@ -69,51 +52,37 @@ def test_weights_and_moments_by_hand(peaks):
     assert sum(p.numel() for p in real.parameters()) == 1_777_088_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(
-    "processes",
-    [
-        pytest.param(
-            1,
-            marks=pytest.mark.skipif(
-                os.environ.get("RUN_SLOW") != "1", reason="RUN_SLOW=1: two processes check the same"
-            ),
-        ),
-        2,
-    ],
-)
-def test_the_peak_of_a_real_process(peaks, processes, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_peak_of_a_real_process(peaks, processes, tmp_path, monkeypatch):
     """A real update of the same shapes, its resident memory against the planned bytes."""
     # Large blocks straight from the system and back: resident memory follows the tensors.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-        run_script("tests/end_to_end/test_plan.py", tmp_path / "peak.json", processes=processes)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    run_script("tests/end_to_end/test_plan.py", tmp_path / "peak.json", processes=processes)
     measured = json.loads((tmp_path / "peak.json").read_text())
     planned = sum(peaks[processes].values()) - peaks[processes]["parameters"]
-    print(
-        f"{processes} process(es): planned {planned / 2**20:.0f} MiB, "
-        f"measured {measured / 2**20:.0f} MiB"
-    )
     assert measured == pytest.approx(planned, rel=TOLERANCE)
 
 
 def test_a_plan_that_does_not_fit_says_what_to_lower(monkeypatch):
     sizes = {"parameters": 0, "weights": 70 * plan.GIB}
     monkeypatch.setattr(plan, "training_peak", lambda *_: dict(sizes))
-    c = Config(**PRESETS["paper-8k"])
-    said = plan.report(c, None, plan.Machine(gpus=(1, 8), gpu_memory=80))
-    assert "8 GPU(s): does NOT fit: 23.0 GiB too much" in said and "--max-tokens-per-row" in said
+    c, machine = Config(**PRESETS["paper-8k"]), plan.Machine(gpus=(1, 8), gpu_memory=80)
+    text = plan.describe(c, None, machine)
+    assert "8 GPU(s): does NOT fit: 23.0 GiB too much" in text and "--max-tokens-per-row" in text
     sizes["weights"] = 50 * plan.GIB
-    said = plan.report(c, None, plan.Machine(gpus=(8,), gpu_memory=80))
-    assert "lower --kv-cache-gb to 21" in said
+    assert "lower --kv-cache-gb to 21" in plan.describe(c, None, machine)
     sizes["weights"] = 40 * plan.GIB
-    assert "8 GPU(s): fits" in plan.report(c, None, plan.Machine(gpus=(8,), gpu_memory=80))
+    assert "8 GPU(s): fits" in plan.describe(c, None, machine)
 
 
-def test_a_model_without_a_config_ends_with_one_line():
-    text = run_script("scripts/plan.py", "--preset", "paper-8k", expect=2)
-    assert "error: --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B" in text
-    assert "Traceback" not in text
+def test_a_model_without_a_config_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as e:
+        plan.main(["--preset", "paper-8k"])
+    error = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and "\n" not in error
+    assert error.startswith("error: --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
 
 
 def rss(key: str) -> int:

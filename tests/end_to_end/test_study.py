@@ -1,8 +1,14 @@
-"""The study's tables, on made-up runs: what is compared with what, and when it counts."""
+"""The study's tables, on made-up runs: what is compared with what, and when it counts. And what a
+reader's first run promises."""
 
 import json
 
+import pytest
+
+import train
+from runtime.config import parse
 from scripts import study
+from tests.conftest import ROOT
 
 
 def test_a_paired_difference_counts_beyond_its_noise():
@@ -22,14 +28,8 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
         value = known.setdefault((variant, seed, lr), round(0.2 + 0.003 * len(known), 3))
         out = study.directory(variant, seed, lr)
         out.mkdir(parents=True, exist_ok=True)
-        entry = {
-            "step": 50,
-            "budgets": budgets,
-            "accuracy": [value] * 4,
-            "anytime_accuracy": value,
-            "final_accuracy": value,
-            "thinking_tokens": 40.0,
-        }
+        entry = {"step": 50, "budgets": budgets, "accuracy": [value] * 4, "thinking_tokens": 40.0}
+        entry |= {"anytime_accuracy": value, "final_accuracy": value}
         before = entry | {"step": 0, "accuracy": [0.1] * 4, "anytime_accuracy": 0.1}
         (out / "eval.json").write_text(json.dumps(entry | {"before": before}))
         (out / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (before, entry)))
@@ -64,3 +64,12 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
     assert "| `brpo` | 0.75 | 0.70 | 0.50 |" in text  # null is left out of the mean
     assert (tmp_path / "study.png").stat().st_size > 10_000
     assert (tmp_path / "anytime_curve.png").exists()
+
+
+@pytest.mark.slow
+def test_the_default_run_learns(tmp_path, monkeypatch):
+    """`python train.py` as it stands, in some minutes."""
+    monkeypatch.chdir(ROOT)  # the base is kept in runs/
+    train.train(parse(["--output-dir", str(tmp_path)]))
+    after = json.loads((tmp_path / "eval.json").read_text())
+    assert after["anytime_accuracy"] - after["before"]["anytime_accuracy"] >= 0.25

@@ -12,7 +12,7 @@ from runtime.curves import (
     resample,
     statistics_of,
     summarise,
-    tokens_to_share,
+    tokens_to_90,
     variance_figure,
 )
 
@@ -69,8 +69,8 @@ def test_tokens_to_a_share_of_the_final_accuracy_by_hand():
         ]
     )  # nothing to reach
     expected = [36, 10, 19, 10, np.nan]
-    assert tokens_to_share(accuracy, BUDGETS) == pytest.approx(expected, nan_ok=True)
-    assert tokens_to_share(accuracy[2], BUDGETS) == pytest.approx(19)
+    assert tokens_to_90(accuracy, BUDGETS) == pytest.approx(expected, nan_ok=True)
+    assert tokens_to_90(accuracy[2], BUDGETS) == pytest.approx(19)
 
 
 def test_anytime_accuracy_is_the_mean_over_budgets():

@@ -1,30 +1,19 @@
 """Loggers beside metrics.jsonl, and output that reads well in a file."""
 
 import json
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import train
 from runtime.config import parse
-from runtime.metrics import flat, require_logger
-from tests.conftest import ROOT, run_script
-from tests.end_to_end.test_train import SMALL
+from runtime.metrics import Logger, flat, require_logger, say
 
-# What wandb is to us: init, a run with log and finish, Image.
-FAKE_WANDB = """
-import json, pathlib
-class Image(str): pass
-class Run:
-    def __init__(self, directory): self.file = open(directory + "/fake.jsonl", "a")
-    def log(self, values, step):
-        images = [k for k, v in values.items() if isinstance(v, Image) and pathlib.Path(v).exists()]
-        values = {k: v for k, v in values.items() if k not in images}
-        self.file.write(json.dumps({"step": step, "values": values, "images": images}) + "\\n")
-    def finish(self): self.file.write('"finished"\\n'); self.file.close()
-def init(project, name, dir, config): assert config["num_budgets"] == 4; return Run(dir)
-"""
+SMALL = (
+    "--questions-per-step 2 --num-rollouts 2 --num-summaries 2 --steps 2 --save-every 0 "
+    "--eval-questions 2 --eval-samples 1 --eval-budgets 16 64"
+).split()
 
 
 def test_flat():
@@ -39,58 +28,78 @@ def test_a_logger_that_is_not_installed_is_refused_with_the_fix(monkeypatch):
     require_logger("none")
 
 
-def arguments(model, out, log) -> list[str]:
-    return [
-        "--model",
-        str(model),
-        "--steps",
-        "2",
-        "--save-every",
-        "0",
-        "--output-dir",
-        str(out),
-        "--logger",
-        log,
-        *SMALL,
-    ]
+class FakeWandb(SimpleNamespace):
+    """What wandb is to us: init, which returns a run with log and finish."""
+
+    __spec__ = "found"
+
+    def init(self, project, name, dir, config):
+        self.config, self.logged = config, []
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.logged.append("finished")
 
 
 def test_wandb_gets_the_keys_of_metrics_jsonl_and_a_log_file_gets_no_bar(
-    trained_model_path, tmp_path, monkeypatch
+    trained_model_path, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    out = tmp_path / "out"
-    text = run_script("train.py", *arguments(trained_model_path, out, "wandb"), processes=2)
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    args = ["--model", str(trained_model_path), "--output-dir", str(tmp_path), *SMALL]
+    train.train(parse([*args, "--logger", "wandb"]))
+    text = "".join(capsys.readouterr())
     assert "\r" not in text and "it/s" not in text and text.count("step    1  reward") == 1
-    *logged, last = map(json.loads, (out / "fake.jsonl").read_text().splitlines())
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert last == "finished" and [entry["step"] for entry in logged] == [0, 0, 1, 2]
-    for entry, line in zip(logged[1:3], metrics):
-        assert entry["values"] == {k: v for k, v in flat(line).items() if k != "step"}
-        assert entry["values"]["reward/4"] == line["reward"][3] and not entry["images"]
-    for entry in (logged[0], logged[3]):
-        assert entry["images"] == ["anytime_curve"] and "eval/accuracy/2" in entry["values"]
-        assert "eval/sets/miniature/final_accuracy" in entry["values"]
+    assert wandb.config["num_budgets"] == 4
+    *logged, last = wandb.logged
+    assert last == "finished" and [step for step, _ in logged] == [0, 0, 1, 2]
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for (_, values), line in zip(logged[1:3], metrics):
+        assert values == {k: v for k, v in flat(line).items() if k != "step"}
+        assert values["reward/4"] == line["reward"][3]
+    for _, values in (logged[0], logged[3]):
+        assert {"eval/accuracy/2", "eval/sets/miniature/final_accuracy"} <= values.keys()
 
 
-def test_tensorboard(trained_model_path, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train.train(parse(arguments(trained_model_path, tmp_path / "out", "tensorboard")))
-    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
-    events.Reload()
-    metrics = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
-    assert {"loss", "reward/4", "variance/residual/brpo/1"} <= set(events.Tags()["scalars"])
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (m["step"], pytest.approx(m["loss"])) for m in metrics
-    ]
-    assert [e.step for e in events.Images("anytime_curve")] == [0, 2]
+def test_the_first_process_alone_logs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    monkeypatch.setenv("RANK", "1")
+    logger = Logger("wandb", tmp_path, {})
+    logger.log(0, {"loss": 1.0})
+    logger.close()
+    assert not hasattr(wandb, "config")
 
 
-def test_a_line_is_on_its_way_at_once():
-    """Behind a pipe as in a terminal: a process that ends without flushing has said it."""
-    code = "import os, metrics; metrics.say('step 1'); os._exit(0)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "step 1\n", done.stderr
+class FakeWriter:
+    """TensorBoard's SummaryWriter, as far as it is used here."""
+
+    def __init__(self, directory):
+        self.directory, self.scalars, FakeWriter.made = directory, [], self
+
+    def add_scalar(self, *scalar):
+        self.scalars.append(scalar)
+
+    def close(self):
+        self.scalars.append("closed")
+
+
+def test_tensorboard_gets_the_numbers_and_nothing_else(tmp_path, monkeypatch):
+    module = SimpleNamespace(SummaryWriter=FakeWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    logger = Logger("tensorboard", tmp_path, {})
+    logger.log(3, {"step": 3, "loss": 0.5, "reward": [0.0, None, 0.25], "text": "no"})
+    logger.close()
+    assert FakeWriter.made.directory == str(tmp_path / "tensorboard")
+    expected = [("loss", 0.5, 3), ("reward/1", 0.0, 3), ("reward/3", 0.25, 3), "closed"]
+    assert FakeWriter.made.scalars == expected
+
+
+def test_a_line_is_on_its_way_at_once(tmp_path, monkeypatch):
+    """In a file as in a terminal: a process that ends without flushing has said it."""
+    with (tmp_path / "log").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        say("step 1")
+        assert (tmp_path / "log").read_text() == "step 1\n"
+        monkeypatch.undo()
