@@ -62,6 +62,7 @@ def test_the_peak_of_a_real_process(peaks, processes, tmp_path, monkeypatch):
     run_script("tests/end_to_end/test_plan.py", tmp_path / "peak.json", processes=processes)
     measured = json.loads((tmp_path / "peak.json").read_text())
     planned = sum(peaks[processes].values()) - peaks[processes]["parameters"]
+    print(f"{processes} process(es), MiB: planned {planned >> 20}, measured {measured >> 20}")
     assert measured == pytest.approx(planned, rel=TOLERANCE)
 
 
