@@ -15,7 +15,6 @@ from scripts.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
@@ -32,9 +31,7 @@ def tiny_model_path(tmp_path_factory) -> Path:
     model = arithmetic.make_model()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(
-                0.1 * torch.randn_like(p)
-            )  # away from the near-uniform start, where mistakes hide
+            p.add_(0.1 * torch.randn_like(p))  # a near-uniform start would hide mistakes
     model.save_pretrained(path)
     arithmetic.make_tokenizer().save_pretrained(path)
     return path
@@ -78,17 +75,10 @@ def run_script(
 ) -> str:
     """Run one of the project's scripts as a user would, under torchrun when `processes` is given;
     returns its output."""
-    start = (
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            f"--master_port={free_port()}",
-        ]
-        if processes
-        else [sys.executable]
-    )
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        start += [f"--master_port={free_port()}"]
     done = subprocess.run(
         [*start, str(ROOT / script), *map(str, args)],
         capture_output=True,

