@@ -123,13 +123,15 @@ def test_seeds_differ_in_every_part_of_their_key_and_repeat():
 
 
 def test_scores_and_cuts_by_question_rollout_budget_and_draw():
-    rollouts, _ = run([[5, 5, 90], [5] * 6])
-    for g, r in enumerate(rollouts):
+    rollouts, _ = run([[5, 5, 90], [5] * 6, [90], [5] * 5 + [90]])  # as of 2 questions
+    for i, r in enumerate(rollouts):
         for s in r.summaries:
-            s.score = 100 * g + 10 * s.budget_index + s.draw
-    scores = rollout.scores_of(rollouts, 2, 3, 2)
-    assert scores.shape == (1, 2, 3, 2) and scores[0, 1, 2, 1] == 121 and scores[0, 0, 1, 0] == 10
-    assert rollout.cuts_of(rollouts, 2, BUDGETS).tolist() == [[[2, 3, 3], [2, 4, 6]]]
+            s.score = 100 * i + 10 * s.budget_index + s.draw
+    scores = rollout.scores_of(rollouts, num_rollouts=2, num_budgets=3, num_summaries=2)
+    assert scores.shape == (2, 2, 3, 2)  # [B, G, M, A]
+    assert [scores[0, 0, 1, 0], scores[0, 1, 2, 1], scores[1, 0, 0, 1]] == [10, 121, 201]
+    cuts = rollout.cuts_of(rollouts, 2, BUDGETS)
+    assert cuts.tolist() == [[[2, 3, 3], [2, 4, 6]], [[1, 1, 1], [2, 4, 6]]]
 
 
 def test_trees_have_their_advantages_by_segment():

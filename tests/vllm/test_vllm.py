@@ -365,20 +365,20 @@ def test_evaluate_opens_one_engine_after_another(trained_model_path, tiny_model_
 
 
 @pytest.mark.slow
-def test_the_miniature_reaches_the_same_with_both_engines(tmp_path):
+def test_the_miniature_learns_alike_with_both_engines(tmp_path):
     """The engines draw different samples, so the runs differ; what they reach must not, beyond the
     noise of runs.
 
-    Compared by the mean reward of the last 20 steps, 2560 rollouts: a single evaluation moves by
-    more from step to step.
+    Compared by the mean reward of the last 5 of 15 steps, 640 rollouts: a single evaluation moves
+    by more from step to step.
     """
     reached = {}
-    for engine, processes in (("plain", 1), ("vllm", 1), ("vllm", 2)):
-        out = tmp_path / f"{engine}-{processes}"
-        args = ["--engine", engine, "--output-dir", out]
-        run_script("train.py", *args, processes=processes, timeout=3600)
+    for engine, processes in (("plain", 0), ("vllm", 2)):
+        out, flags = tmp_path / engine, "--steps 15 --eval-questions 64 --save-every 0".split()
+        args = ["--engine", engine, "--output-dir", out, *flags]
+        run_script("train.py", *args, processes=processes, timeout=900)
         rewards = [step["anytime_reward"] for step in read(out / "metrics.jsonl")]
-        reached[out.name] = sum(rewards[-20:]) / 20
+        reached[engine] = sum(rewards[-5:]) / 5
         result = json.loads((out / "eval.json").read_text())
         assert result["anytime_accuracy"] > result["before"]["anytime_accuracy"] + 0.25
-    assert max(reached.values()) - min(reached.values()) < 0.05, reached
+    assert abs(reached["plain"] - reached["vllm"]) < 0.1, reached
