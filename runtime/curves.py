@@ -59,7 +59,7 @@ def read_records(folder: Path) -> list[dict]:
 
 
 def write_records(folder: Path, records: list[dict]):
-    """One complete file or none: a kill in between leaves a .partial that nobody reads."""
+    """One complete file or none: a kill in between leaves a .tmp that nobody reads."""
     folder.mkdir(parents=True, exist_ok=True)
     first = min(r["question"] for r in records)
     rundir.write(folder / f"from-question-{first:06d}.json", json.dumps(records))
