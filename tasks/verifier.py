@@ -1,125 +1,118 @@
-r"""The math verifier: whether an answer equals the ground truth.
+r"""The math verifier: whether an answer equals the ground truth. Works when copied alone.
 
-RL finds a grader's false positives, and inputs on which it hangs. So rules accept or refuse what
-they can, and math-verify judges the rest in processes that can be killed. The rules apply in this
-order, and the first that reaches a verdict settles it (tests/tasks/test_verifier_rules.py has the
-cases). This file works when copied alone into an empty folder.
+RL finds a grader's false positives, and strings on which it hangs. So an answer is right only if
+all of it was understood: every command, letter, word and relation of the box is accounted for.
+docs/verifier.md has the conventions where graders disagree.
 
-1. A ground truth that is None or blank marks an invalid row: never rewarded, and counted.
-2. The answer is the last balanced \boxed{}; none, blank or oversized is wrong.
-3. Both sides lose what has no meaning: spacing, \left, \dfrac, unicode. Equal text is right.
-4. Plain numbers compare as exact fractions: 2/4 is 1/2. A decimal may be rounded to a relative 1e-6
-   of a ground truth that is no integer. p% is p and p/100, because questions ask for either.
-5. A leading `x =` is dropped, and only the last value of a chain counts; but 203 = 204 is a hedge.
-6. A unit on one side only is dropped: the question fixes it. Other units are wrong.
-7. Lists compare item by item. A bare list or a {set} has no order ("find all solutions"); (a,b) has
-   one, and brackets must agree, since a closed interval is not an open one.
-8. Refused: shapes that take minutes, restated questions (n!, \sum or \log for a number), other
-   words or bases, variables that the ground truth lacks, half an equation.
-9. math-verify compares the rest, and what it accepts must also agree to a relative 1e-6.
+1. The answer is the last balanced \boxed{}. Spacing, \left, \dfrac and so on mean nothing.
+2. Plain numbers compare as exact fractions; a decimal may be rounded to a relative 1e-6.
+3. `x =` is dropped if x is a name; every value of a chain must be right, so 203 = 204 is a hedge.
+4. A unit of the table is dropped if only one side has one. Any other word is wrong.
+5. Lists, points and intervals compare item by item.
+6. Formulas must be well formed, in letters and functions that the ground truth has as well.
+   math-verify reads them, in processes that can be killed; their values must agree at some points.
 """
 
-import atexit
 import ctypes
+import functools
 import importlib.util
 import itertools
-import json
+import math
 import os
-import queue
 import re
 import signal
-import subprocess
 import sys
 import threading
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, suppress
 from fractions import Fraction
 
+from loky.backend import get_context
+from pebble import ProcessExpired, ProcessPool
+
 MAX_NUMBER_CHARS = 4000  # Python refuses to read integers over 4300 digits
-MAX_ANSWER_CHARS = 400  # no dataset answer is longer, and parsing time grows faster than length
-MAX_DEPTH = 30  # parsers recurse; real answers nest less than ten deep
+MAX_ANSWER_CHARS, MAX_DEPTH, MAX_ITEMS = 400, 30, 20  # no dataset answer has more
 MAX_CACHE = 50_000  # remembered verdicts: the summaries of a rollout repeat the same boxes
 TASK_TIMEOUT = 5.0  # seconds for one comparison; ordinary ones take 0.01
-START_TIMEOUT = 300.0  # seconds for a worker's imports, which may load a judge's weights
 WORKER_MEMORY = 2 << 30  # bytes of address space per worker
-FAILURES = ("timeouts", "deaths", "exceptions", "unparsable_ground_truths", "invalid_ground_truths")
-LOUD_FAILURE_SHARE = 0.02  # above this share of failed gradings, training should say so
-MAX_ITEMS = 20  # unordered lists compare every item with every item
-RELATIVE_TOLERANCE = Fraction(1, 10**6)  # an absolute one rewards 0.0 for 1e-19
+FAILURES = ("timeouts", "deaths", "exceptions", "invalid_ground_truths")
 
-# ---------------------------------------------------------------------------- rules 2 and 3: text
+# ----------------------------------------------------------------------------------- 1: the text
 
 _BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def extract_answer(text: str) -> str | None:
     r"""Content of the last balanced \boxed{...}, or None. Linear time: a text can be all braces."""
-    answer = None
-    # To TeX, \{ and \} are no braces. If no box closes that way, as in \boxed{204\}, they count.
-    for also_braces in ((), (r"\{", r"\}")):
-        opened = []
-        for match in _BRACE.finditer(text):
-            token = match[0][-1] if match[0] in also_braces else match[0]
-            if token == "}" and opened:
-                start = opened.pop()
-                if start is not None:  # an enclosing box closes later, so it wins
-                    answer = text[start : match.end() - 1]
-            elif token == "{" or "box" in token:
-                opened.append(match.end() if "box" in token else None)
-        if answer or "\\" not in text:
-            break
+    answer, opened = None, []
+    for match in _BRACE.finditer(text):
+        if match[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None:  # an enclosing box closes later, so it wins
+                answer = text[start : match.end() - 1]
+        elif match[0] == "{" or "box" in match[0]:
+            opened.append(match.end() if "box" in match[0] else None)
     return answer
 
 
-_COMMANDS = r"\times \cdot \pi \sqrt \infty \le \ge \cup \in \pm".split()
 _UNICODE = str.maketrans(
     {
         **dict(zip("−–—，（）％０１２３４５６７８９", "---,()%0123456789")),
-        **dict(zip("×·π√∞≤≥∪∈±", (command + " " for command in _COMMANDS))),
-        **{"°": r"^\circ ", "²": "^2", "³": "^3", "\u200b": "", "\ufeff": ""},
+        **dict(zip("×·π√∞≤≥∪∈±", r"\times \cdot \pi \sqrt \infty \le \ge \cup \in \pm".split())),
+        **{"°": r"^\circ ", "²": "^2", "³": "^3", "≈": r"\approx ", "\u200b": "", "\ufeff": ""},
     }
 )
 # Applied in this order; most with an example. END ends a command's name: \le leaves \left alone.
 _REWRITES = [
     (re.compile(pattern.replace("END", r"(?![a-zA-Z])")), new)
     for pattern, new in [
-        (r"\\(?:boxed|fbox)(?=\s*\{)|\\!\s*", ""),  # \boxed{5}, 12,\!000
-        (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # \(5\), $5$, \$5
+        (r"\\(?:boxed|fbox)(?=\s*\{)|\\!\s*|\*\*\s*$|^\s*\*\*", ""),  # \boxed{5}, 12,\!000, **4**
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)END\.?", ""),  # \left(1, 2\right)
         (r"\{,\}(?=\d{3}(?!\d))", ""),  # (1{,}000, 2)
-        (r"(?<!\\)\\[,;: ]|~|\\q?quadEND|\s+", " "),  # 5\ \text{cm}
+        (r"(?<!\\)\\[,;: ()\[\]]|(?<!\\)\$|~|\\q?quadEND|\s+", " "),  # \(5\), $5$, 5\ \text{cm}
         (r"\\[dtc]fracEND", r"\\frac"),  # \dfrac{1}{2}
-        (r"\\varnothingEND", r"\\emptyset"),
-        (r"<=", r"\\le "),  # x<=5
-        (r">=", r"\\ge "),
-        (r"\\(?:mbox|text(?:rm|bf|it|normal))(?=\s*\{)", r"\\text"),  # \textbf{(C)}
+        (r"<=|\\leq(?:slant)?END", r"\\le "),
+        (r">=|\\geq(?:slant)?END", r"\\ge "),
+        (r"\\(?:mbox|operatorname|math(?:rm|bf)|text(?:rm|bf|it|normal))(?=\s*\{)", r"\\text"),
         (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)END", ","),  # 4 or 6
         (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)", ""),  # The answer is 5
-        (r"(?:\^\s*(?:\\circEND|\{\s*\\circ\s*\})|\\degreeEND)(?:\s*[CF]END)?", " "),  # 45^{\circ}
+        (r"(?i)^\s*(?:\\text\s*\{\s*)?no (?:real )?solutions?\s*\}?\s*$", r"\\emptyset"),
+        (r"\\varnothingEND|^\s*\\\{\s*\\\}\s*$", r"\\emptyset"),
+        (r"(?:,\s*)?\\text\s*\{\s*,?\s*for (?:all|any|every)\s*\}\s*[a-zA-Z]\s*$", ""),
+        (r"(?:\^\s*(?:\\circEND|\{\s*\\circ\s*\})|\\degreeEND)(?:\s*[CF]END)?", r"\\text{ degree}"),
+        (r"\\\$(.*?)(?=\s*\)?[ .,;:\\]*$|,\s|[;=])", r"\1\\text{ dollar}"),  # \$36
         (r"\\%|\\text\s*\{\s*percent\s*\}|(?<![a-zA-Z\\])(?:percent|pct)END", "%"),  # 28 percent
+        (r"\+\s?-(?=\s*[\d\\a-z])", r"\\pm "),  # +- 7
+        (r"\*\*", "^"),
+        (r"(?<![a-zA-Z\\])(pi|sqrt|exp|sin|cos|tan|log|ln)END", r"\\\1"),  # -2*pi
+        (r"\\exp\s*(?:\(([^()]*)\)|\{([^{}]*)\})", r"e^{\1\2}"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\(frac|sqrt)(?:\s+(?=\w)|(?=\d))(\w)", r"\\\1{\2}"),  # \frac12, \sqrt3
         (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),  # \frac{1}2
-        (r"\\(?:text|math(?:bf|rm))\s*\{\s*([\d.,]+)\s*\}", r"\1"),  # \mathbf{42}
+        (r"\\text\s*\{\s*([\d.,]+)\s*\}", r"\1"),  # \text{42}
+        (r"(?:\\\\\s*)?(\\(?:begin|end)\{)[bp](?=matrix)", r"\1p"),  # no row break before \end
         (r"(\.\d*)\\overline\s*\{\s*(\d{1,9})\s*\}", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.1\overline{6}
-        (r"_\s*\{\s*\\(?:(?:text|mathrm)\s*\{\s*)?(\w+)\s*\}(?:\s*\})?", r"_{\1}"),  # k_{\text{B}}
+        (r"(\.\d*?)(\d)\2\2+\s*(?:\.\.\.|\\l?dots)$", r"\1\2\2\2\2\2\2\2\2\2"),  # 0.333...
+        (r"_\s*\{\s*\\(?:text\s*\{\s*)?(\w+)\s*\}?\s*\}", r"_{\1}"),  # k_{\text{B}}, R_{\odot}
+        (r"_\s*\{\s*(\w)\s*\}(?!\d)", r"_\1"),  # 1011_{2}
+        (r"([a-zA-Z])\s*\^\s*(\{[^{}]*\}|\w)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"),  # x^2_2
     ]
 ]
-_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
 def normalise(text: str) -> str:
-    """One spelling for all that means the same, still LaTeX: math-verify reads it."""
+    """One spelling for all that means the same, still LaTeX."""
     text = text.translate(_UNICODE)
     if "\\begin" not in text:  # in a matrix, \\ is a row break
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # elsewhere \\sqrt is \sqrt
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    text = text.lstrip().rstrip(" .,;:\\")
     for _ in range(3):  # {5} and ((5)) are 5, but {1,2} is a set and (1,2) a point
-        inner = text[1:-1]
-        is_list = len(_split(inner, ",;")) > 1 and not (text[0] == "{" and plain_number(inner))
-        if not _enclosed(text, "{(") or is_list:
-            break
-        text = inner.lstrip().rstrip(" .,;:\\")
+        text = text.lstrip().rstrip(" .,;:\\")
+        inside = _inside(text, "{(")
+        if inside is not None and (len(inside) < 2 or text[0] == "{" and plain_number(text[1:-1])):
+            text = text[1:-1]
     return text
 
 
@@ -132,20 +125,20 @@ def _depths(text: str) -> list[int]:
     return list(itertools.accumulate((char in "([{") - (char in ")]}") for char in text))
 
 
-def _enclosed(text: str, opening: str) -> bool:
-    """Whether the first character opens a bracket that only the last character closes."""
-    ends = len(text) > 1 and text[0] in opening and text[-1] in ")]}"
-    return ends and 0 not in _depths(text)[:-1]
-
-
-def _split(text: str, separators: str) -> list[str]:
-    """The non-blank pieces between separators that stand outside of all brackets."""
+def _split(text: str) -> list[str]:
+    """The non-blank pieces between commas and semicolons outside of all brackets."""
     outside = zip(text, _depths(text))
-    marked = "".join("\0" if depth == 0 and char in separators else char for char, depth in outside)
+    marked = "".join("\0" if depth == 0 and char in ",;" else char for char, depth in outside)
     return [piece.strip() for piece in marked.split("\0") if piece.strip()]
 
 
-# ------------------------------------------------------------------------- rule 4: plain numbers
+def _inside(text: str, opening: str) -> list[str] | None:
+    """The pieces inside one pair of brackets around the whole text; None if there is none."""
+    ends = len(text) > 1 and text[0] in opening and text[-1] in ")]}"
+    return _split(text[1:-1]) if ends and 0 not in _depths(text)[:-1] else None
+
+
+# ------------------------------------------------------------------------------ 2: plain numbers
 
 _THOUSANDS = re.compile(  # 1,234 or 1 234; not 1 234/5
     r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+(?! ?/))(?!\d)"
@@ -158,227 +151,290 @@ _RATIO = re.compile(r"(?:(\d+) )?(-?\d+) ?/ ?(-?\d+)")  # 7/2 or 3 1/2
 _DECIMAL = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")  # no one writes out 1e99999
 
 
-def plain_number(text: str) -> tuple[Fraction, bool, bool] | None:
-    """(value, a decimal?, percent?) of an integer, decimal, fraction or mixed number; else None."""
+def plain_number(text: str) -> tuple[Fraction, bool] | None:
+    """(value, is it a decimal?) of an integer, decimal, fraction or mixed number; else None."""
     if len(text) > MAX_NUMBER_CHARS:
         return None
     sign, body = (-1, text[1:]) if text.startswith("-") else (1, text)
-    body = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), body.strip(" %"))
-    body = _POWER_OF_TEN.sub(lambda match: f"{'' if match.start() else 1}e{match[1]}", body)
+    body = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), body.removesuffix("%"))
+    body = _POWER_OF_TEN.sub(lambda match: f"{'' if match.start() else 1}e{match[1]}", body.strip())
     body = _FRAC.sub(r" \1/\2", body).strip()
     if (ratio := _RATIO.fullmatch(body)) and int(ratio[3]):
-        value = int(ratio[1] or 0) + Fraction(int(ratio[2]), int(ratio[3]))
-    elif _DECIMAL.fullmatch(body):
-        value = Fraction(body)
-    else:
-        return None
-    return sign * value, not ratio and not body.isdigit(), text.endswith("%")
+        return sign * (int(ratio[1] or 0) + Fraction(int(ratio[2]), int(ratio[3]))), False
+    return (sign * Fraction(body), not body.isdigit()) if _DECIMAL.fullmatch(body) else None
 
 
-def _same_number(truth: str, box: str) -> bool | None:
-    """Rule 4; None unless both are plain numbers."""
+def _quick(truth: str, box: str) -> bool | None:
+    """Rules 1 and 2; None where it takes more."""
+    if _key(truth) == _key(box):
+        return True
     # 1000,99 is a decimal only against a decimal number; elsewhere it may be a list
     truth, box = (
         re.sub(r"^(-?\d+),(\d\d|\d{4,})$", r"\1.\2", side) if "." in other else side
         for side, other in ((truth, box), (box, truth))
     )
-    numbers = plain_number(truth), plain_number(box)
-    if not all(numbers):
+    a, b = plain_number(truth), plain_number(box)
+    if a is None or b is None:
         return None
-    (a, a_decimal, a_percent), (b, b_decimal, b_percent) = numbers
-    rounded = (a_decimal or b_decimal) and a.denominator != 1
-    tolerance = RELATIVE_TOLERANCE * abs(a) if rounded else 0
-    readings = [b] if a_percent == b_percent else [b, b / 100 if b_percent else b * 100]
-    return any(abs(a - reading) <= tolerance for reading in readings)
+    rounded = (a[1] or b[1]) and a[0].denominator != 1
+    factors = {1}  # p% is p and p/100: questions ask for both
+    if truth.endswith("%") != box.endswith("%"):
+        factors.add(Fraction(1, 100) if box.endswith("%") else 100)
+    return any(abs(a[0] - b[0] * f) <= rounded * abs(a[0]) / 10**6 for f in factors)
 
 
-# ---------------------------------------------------------------- rules 5 to 7: names, units, lists
+# ------------------------------------------------------------------- 3 and 4: names, units, words
 
-_NAME = re.compile(
-    r"""             # x, f(2), V_1, \angle ABC, \text{Area}, (x, y)
-    (?=.*[a-zA-Z])(?!.*\\(?:sqrt|frac|lim|sum|prod|int|pm|cdot|times|infty|pi|sin|cos|tan|log|ln)\b)
-    (?:\\?[a-zA-Z]|\\text\s*\{[^{}]*\}|_\w|_\{[^{}]*\}|\([^()=]*\)|['|:\s])+""",
+_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|omega|Delta|hbar|ell"
+_NAME = re.compile(  # x, V_1, AB, f(2), f^{-1}(x), P(A), |z|, \angle ABC, [ABC], \text{Area}
+    rf"""(?:m?\\angle\s*|\\overline\s*|\\Delta\s*)?\{{?(?:[A-Z]{{1,4}}|[a-zA-Z]|\\(?:{_GREEK}))\}}?
+    \s*(?:_\w|_\{{[^{{}}]*\}})?\s*(?:(?:\^\{{?-1\}}?)?\([^()=]*\))?
+    |\|[a-zA-Z]{{1,2}}\||\[[A-Z]{{3,4}}\]
+    |(?:\\text\s*\{{)?\s*(?i:(?:the\ )?(?:area|volume|perimeter|probability|sum|total|answer|ans
+    |value|length|width|height|radius|distance|time|speed|cost|max|min|maximum|minimum))\s*\}}?""",
     re.VERBOSE,
 )
+_UNITS = {  # a name of the unit, singular or plural -> the unit; then things that questions count
+    name: names.split()[0]
+    for names in re.split(
+        r"[,\n]\s*",
+        """m meter metre,cm centimeter centimetre,mm millimeter,km kilometer,ft foot feet,
+        in inch,yd yard,mi mile,kg kilogram,g gram,mg milligram,lb pound,oz ounce,ton,acre,kcal
+        l liter litre,ml milliliter,gallon,s sec second,min minute,h hr hour,day,week,month,yr year
+        degree deg,rad radian,dollar usd,cent,euro,yuan,mph,mol,n newton,j joule,kj,w watt,kw,pa,hz
+        ev,unit,am,pm,th,st,nd,rd,apple,ball,book,boy,girl,card,car,child children,coin,cookie,cube
+        dog,cat,edge,face,game,integer,marble,man men,woman women,number,orange,page,people person
+        piece,player,point,side,solution,square,step,student,ticket,tile,time,tree,way,word""",
+    )
+    for word in names.split()
+    for name in (word, word + "s", word + "es")
+} | {"per": "/", "/": "/", "^2": "^2", "^3": "^3"}
+_SCALES = re.compile(r"dozen|hundred|thousand|million|billion|trillion|half|\bnot\b")
+_WORD = r"(?:\\text\s*\{[^{}]*\}|(?<![\\a-zA-Z])[a-zA-Z][a-zA-Z.]+)"
+_UNIT = re.compile(rf"\s*(?:{_WORD}|m/s)(?:\s*(?:{_WORD}|/\s*[a-zA-Z]+|\^\s*\{{?[23]\}}?))*$")
 
 
 def _variables(text: str) -> set[str]:
     """Single letters that stand for something unknown; e and i are numbers."""
-    text = re.sub(r"\\(?:begin|end|mathbb)\s*\{\w*\}|\\[a-zA-Z]+", " ", _TEXT.sub(" ", text))
-    return set(re.findall("[a-zA-Z]", text)) - set("eiE")
+    return set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", text))) - set("eiE")
 
 
-def _split_name(text: str) -> tuple[str, str]:
-    r"""`f(x) = 4 + 1 = 5` -> (`f(x)`, `5`): what is named, and the last value of the chain."""
-    exact = text.partition(r"\approx")[0].strip()
-    if exact and not _NAME.fullmatch(exact):  # \sqrt{2} \approx 1.414: the exact form counts
-        text = exact
-    *heads, value = _split(re.sub(r"\\(?:approx|in)(?![a-zA-Z])", "=", text), "=") or [""]
-    if not heads or len(_split("=".join(heads), ",;")) > 1:  # x = 1, y = 2 is a list
-        return "", text
-    if _NAME.fullmatch(heads[0]):
-        return re.sub(r"\s", "", heads[0]), value
-    # 2 + 2 = 4 states its value, 203 = 204 states two, and x + y = 5 is an equation
-    numbers = filter(None, map(plain_number, [*heads, value]))
-    values = {number / (100 if percent else 1) for number, _, percent in numbers}
-    return "", text if len(values) > 1 or _variables(text) else value
+def _is_name(text: str) -> bool:
+    """A name, or a point of names in alphabetical order: (y, x) = (3, 4) is not (3, 4)."""
+    names = _inside(text, "(") or [text]
+    return all(map(_NAME.fullmatch, names)) and names == sorted(names)
 
 
-def _drop_names(truth: str, box: str) -> tuple[str, str]:
-    """Both sides without `x =`; unchanged for x = 1 against y = 1, or a value against x + y = 5."""
-    (truth_name, a), (box_name, b) = _split_name(truth), _split_name(box)
-    other_name = truth_name and box_name and truth_name != box_name
-    return (truth, box) if other_name or "=" in a or "=" in b else (a, b)
+def _split_names(text: str) -> tuple[list[str], list[str]]:
+    r"""`x = 4 + 1 = 5` -> ([`x`], [`4 + 1`, `5`]): names, and the values of the chain. A rounded
+    value is marked: `\sqrt{2} \approx 1.41` -> ([], [`\sqrt{2}`, `≈1.41`])."""
+    chain = re.sub(r"\\in(?![a-zA-Z])", "=", re.sub(r"\\approx(?![a-zA-Z])", "=≈", text))
+    values, names = [value.strip() for value in chain.split("=")], []
+    if not all(values) or len(_split("=".join(values[:-1]))) > 1:
+        return [], [text]  # = 5 says nothing; x = 1, y = 2 is a list
+    while len(values) > 1 and _is_name(values[0]):
+        names.append(re.sub(r"\s", "", values.pop(0)))
+        values[0] = values[0].removeprefix("≈")
+    return names, values
 
 
-_UNIT = re.compile(
-    r"""
-    (?:(?<=[\d)}])|(?<=\\pi))\s*(?:
-        \\(?:text|mathrm)\s*\{(?P<text>[^{},\d]*(?:\^?[23])?)\}             # 10\text{ cm}
-        |(?<![\\a-zA-Z])(?P<bare>cm|mm|km|ft|in|lbs?|oz|kg|mg|hrs?|min|sec|mph|mi|am|pm|th|st|nd|rd
-            |mol|rad|Hz|eV|kJ|kW|mL|kN|Pa|m/s|km/h
-            |[a-zA-Z]{4,}(?:\s+[a-zA-Z]+)*)(?![a-zA-Z])                     # 5 cm, 64 square feet
-    )\s*(?P<power>\^\s*\{?-?\d\}?)?$""",
-    re.VERBOSE,
-)
-
-
-def _split_unit(text: str) -> tuple[str, str]:
-    r"""`10\text{ cm}^2` -> (`10`, `cm^2`). A single bare letter is a variable (2k, 10m)."""
+def _split_unit(text: str, is_truth: bool = False) -> tuple[str, str]:
+    r"""`10\text{ cm}^2` -> (`10`, `cm^2`). A single bare letter is a variable (2k, 10m). The ground
+    truth may count what is not in the table (12 daps)."""
     match = _UNIT.search(text)
-    if match is None or re.search(r"\b(?:not|if)\b", match[0]):
+    value = text[: match.start()].strip() if match else ""
+    if not value or _words(value) or (len(_split(value)) > 1 and not plain_number(value)):
+        return text, ""  # in 1 cm, 2 cm each item has its own
+    spelled = re.sub(r"[\s{}]+", " ", _TEXT.sub(r" \1 ", match[0]).lower())
+    spelled = re.sub(r"\bsq(?:uare|\.)? ([a-z]+)", r"\1^2", spelled)
+    spelled = re.sub(r"\bcubic ([a-z]+)", r"\1^3", spelled)
+    names = re.findall(r"[a-z.]+|\^ ?[23]|\S", spelled)
+    unit = [_UNITS.get(re.sub("[. ]", "", name), "") for name in names]
+    if not all(unit) and not (is_truth and plain_number(value) and not _SCALES.search(spelled)):
         return text, ""
-    value = text[: match.start()].strip()
-    if len(_split(value, ",;")) > 1 and not plain_number(value):  # 1 cm, 2 cm: item by item
-        return text, ""
-    unit = re.sub(r"[{}\s.]", "", (match["text"] or match["bare"] or "") + (match["power"] or ""))
-    return value, re.sub(r"(?<=\w\w)s\b", "", unit.lower())
-
-
-def _items(text: str) -> tuple[str, list[str]]:
-    r"""`(1, 2]` -> ("(]", [1, 2]), `1, 2` -> ("", [1, 2]), `\pm 4` -> ("", [4, -4])."""
-    body = re.sub(r"\\([{}])", r"\1", text)
-    if _enclosed(body, "([{"):
-        inner = _split(body[1:-1], ",;")
-        if len(inner) > 1:
-            return body[0] + body[-1], inner
-    items = []
-    for item in [text] if plain_number(text) else _split(text, ",;"):
-        signs = "+-" if item.count(r"\pm") == 1 and r"\mp" not in item else " "
-        items += [item.replace(r"\pm", sign).removeprefix("+").strip() for sign in signs]
-    return "", items
-
-
-_CERTAINTY = [False, None, True].index  # under it, max means "any of them", min "all of them"
-
-
-def _equal_lists(truth: tuple, box: tuple, compare) -> bool | None:
-    """Rule 7, for two results of `_items`."""
-    (brackets, truth_items), (box_brackets, box_items) = truth, box
-    # around a bare list, parentheses or braces mean nothing
-    if brackets != box_brackets and {brackets, box_brackets} not in ({"", "()"}, {"", "{}"}):
-        return False
-    if max(len(truth_items), len(box_items)) > MAX_ITEMS:
-        return False
-    # brackets make the order count; so do names on one side only: x = 1, y = 2 against 1, 2
-    names = [{_split_name(item)[0] for item in items} for items in (truth_items, box_items)]
-    if brackets not in ("", "{}") or (len(names[0]) > 1 and names[1] == {""}):
-        verdicts = [_equal(*pair, compare) for pair in zip(truth_items, box_items)]
-        verdicts += [False] * (len(truth_items) != len(box_items))
-    else:
-        table = [[_equal(a, b, compare) for b in box_items] for a in truth_items]
-        verdicts = [max(line, key=_CERTAINTY, default=False) for line in [*table, *zip(*table)]]
-    return min(verdicts, key=_CERTAINTY, default=True)
-
-
-# ------------------------------------------------------------------- rule 8, and the rules in order
-
-_FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)h?(?![a-zA-Z])")
-_HEAVY = re.compile(
-    r"""
-    \^\s*\{?[-(\s]*\d{5,}                                               # 2^{100000}
-    |\^\s*\{?[-(\s]*(?:\d{2,}\s*\^|\d\s*\^\s*\{?\s*\d{2,})              # 2^{10^9}, 9^{9^{99}}
-    |\^\s*\{\s*\(*\\?\w*\s*\^\s*\{\s*\(*\\?\w*\s*\^                     # x^{x^{x^x}}
-    |(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])[^()]*\)\s*\^\s*\{?\s*\d{3,}    # (x+y)^{100}
-    |\d{4,}\s*\)*\s*!|!\s*\)*\s*!|-\s*-\s*-                             # 9999!, 3!!, ---1
-    """,
-    re.VERBOSE,
-)
-_RESTATED = re.compile(
-    r"""!|(?<!\{)\\(?:sum|prod|i*nt|oint|lim|[dt]?binom|choose|gcd|lcm|[bp]?mod
-    |lfloor|lceil|max|min|det)(?![a-zA-Z])""",
-    re.VERBOSE,
-)
-_BASE = re.compile(r"(?<=[\d)}])_\{?\s*(\w+)")
-_ORDER = re.compile(r"[<>]|\\(?:leq?|geq?|lt|gt)(?![a-zA-Z])")
+    return value, "".join(unit) if all(unit) else spelled
 
 
 def _words(text: str) -> str:
     """The letters of an answer in words, or "". One letter A-F is a choice: c or (C) is C."""
     plain = _TEXT.sub(r" \1 ", text).strip()
-    match = re.fullmatch(r"\(?([A-Fa-f])\)?|([A-Za-z][A-Za-z\s.'-]*[A-Za-z.])", plain)
-    return re.sub(r"[\s.'-]+", "", match[1] or match[2]).casefold() if match else ""
+    match = re.fullmatch(r"\(?\s*([A-Fa-f])\s*\)?|([A-Za-z]{2}[A-Za-z\s.']*)", plain)
+    return re.sub(r"[\s.']+", " ", match[1] or match[2]).strip().casefold() if match else ""
 
 
-def _only_interval(text: str) -> bool:
-    r"""(2,5] and (-\infty,2) may be written 2 < x \le 5 and x < 2; but (2,5) may be a point."""
-    return _items(text)[0] in ("(]", "[)") or r"\infty" in text
+# -------------------------------------------------------------------------------------- 5: lists
 
 
-def _refused(truth: str, box: str) -> bool:
-    """Rule 8: shapes that cannot answer this ground truth, or that would only cost time."""
-    if _HEAVY.search(box) or _HEAVY.search(truth):
-        return True
-    # \sum k does not answer where 5050 is asked for; but 100! may stand for its many digits
-    restated = _RESTATED.search(box) and not _RESTATED.search(truth) and len(truth) < 30
-    if restated or (plain_number(truth) and _FUNCTION.search(box)):
-        return True
-    stray = _variables(box) - _variables(truth)  # math-verify reads 2A as 2a
-    if stray and not (_ORDER.search(box) and _only_interval(truth)):
-        return True
-    # 4 is not 4x, x^2 + y^2 = z^2 is not z^2, 1011_2 is not 1011, \text{not } 4 is not 4
-    words = [
-        sorted(word.strip().casefold() for word in _TEXT.findall(side) if word.strip()[1:])
-        for side in (truth, box)
-    ]
-    return bool(
-        plain_number(box)
-        and _variables(truth)
-        or ("=" in truth) != ("=" in box)
-        or _BASE.findall(truth) != _BASE.findall(box)
-        or words[0] != words[1]
-    )
+def _items(text: str) -> tuple[str, list[str]]:
+    r"""`(1, 2]` -> ("(]", [1, 2]), `1, 2` -> ("", [1, 2]), `\pm 4` -> ("", [4, -4])."""
+    body, brackets = re.sub(r"\\([{}])", r"\1", text), ""
+    pieces = [text] if plain_number(text) else _split(text)
+    if len(inside := _inside(body, "([{") or "") > 1:
+        brackets, pieces = body[0] + body[-1], inside
+    items = []
+    for item in pieces:
+        signs = "+-" if item.count(r"\pm") == 1 and brackets in ("", "{}") else " "
+        items += [item.replace(r"\pm", sign).strip().removeprefix("+").strip() for sign in signs]
+    return brackets, items
 
 
-def _equal(truth: str, box: str, compare=lambda truth, box: None) -> bool | None:
-    """Rules 3 to 9 on normalised text; `compare` is rule 9. None: left to math-verify."""
-    if _key(truth) == _key(box):
-        return True
-    verdict = _same_number(truth, box)
-    if verdict is not None:
-        return verdict
-    if len(box) > MAX_ANSWER_CHARS or max(_depths(box), default=0) > MAX_DEPTH:
+def _equal_lists(brackets: str, truths: list[str], box_brackets: str, boxes: list[str]) -> bool:
+    # around a bare list, parentheses or braces mean nothing
+    if brackets != box_brackets and {brackets, box_brackets} not in ({"", "()"}, {"", "{}"}):
         return False
-    named = _drop_names(truth, box)
-    if named != (truth, box):
-        return _equal(*named, compare)
-    (truth_value, truth_unit), (box_value, box_unit) = _split_unit(truth), _split_unit(box)
-    if truth_unit or box_unit:
-        other_unit = truth_unit and box_unit and truth_unit != box_unit
-        return False if other_unit else _equal(truth_value, box_value, compare)
+    # brackets make the order count; so do names on one side only: x = 1, y = 2 against 1, 2
+    names, box_names = ([_split_names(item)[0] for item in items] for items in (truths, boxes))
+    several = names[0] != names[-1] or box_names[0] != box_names[-1]
+    one_sided = several and any(names) != any(box_names)
+    if brackets not in ("", "{}") or one_sided:
+        ordered = not one_sided or box_names == sorted(box_names)  # not y = 3, x = 4 for (3, 4)
+        return ordered and len(truths) == len(boxes) and all(map(_equal, truths, boxes))
+    if max(len(truths), len(boxes)) > MAX_ITEMS:
+        return False
+    table = [[_equal(truth, box) for box in boxes] for truth in truths]
+    return all(map(any, table)) and all(map(any, zip(*table)))
+
+
+# ------------------------------------------------------------------------------------ 6: formulas
+
+# All that a formula may consist of, by class: number, letter, function, prefix, sign, infix,
+# underscore, relation, opening, closing, komma, exclamation mark, bar.
+_TOKEN = re.compile(
+    rf"""\s*(?:(?P<n>\d+(?:\.\d*)?|\.\d+)
+    |(?P<l>\\(?:pi|infty|emptyset|odot|prime|{_GREEK})(?![a-zA-Z])|\\mathbb\{{[A-Z]\}}|[a-zA-Z])
+    |(?P<f>\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|binom)(?![a-zA-Z]))
+    |(?P<p>\\(?:frac|sqrt|d?dot)(?![a-zA-Z]))|(?P<s>[+-]|\\pm(?![a-zA-Z]))
+    |(?P<i>[*/^]|\\(?:cdot|times|div|cup|setminus)(?![a-zA-Z]))|(?P<u>_)
+    |(?P<r>[=<>]|\\(?:le|ge|neq?)(?![a-zA-Z]))|(?P<k>,|&|\\\\)|(?P<e>!)|(?P<b>\|)
+    |(?P<o>[(\[{{]|\\[{{]|\\lfloor|\\lceil|\\begin\{{pmatrix\}})
+    |(?P<c>[)\]}}]|\\[}}]|\\rfloor|\\rceil|\\end\{{pmatrix\}}))""",
+    re.VERBOSE,
+)
+_MALFORMED = re.compile(  # an operator without an operand, (), 5 5, 5_2, ---
+    r"(?:^|[oiurksp])[ciurke]|f[crke]|[iurkspf]$|(?<![lf])u|nn|sss"
+)
+_HEAVY = re.compile(
+    r"""\^\s*\{?[-(\s]*(?:\d{5,}|\d{2,}\s*\^|\d\s*\^\s*\{?\s*\d{2,})    # 2^{100000}, 2^{10^9}
+    |\^\s*\{\s*\(*\\?\w*\s*\^\s*\{\s*\(*\\?\w*\s*\^                     # x^{x^{x^x}}
+    |(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])[^()]*\)\s*\^\s*\{?\s*\d{3,}    # (x+y)^{100}
+    |\d{4,}\s*\)*\s*!|!\s*\)*\s*!                                       # 9999!, 3!!
+    """,
+    re.VERBOSE,
+)
+
+
+def _classes(text: str) -> str:
+    """The classes of a formula's tokens, or "" where something in it is not understood."""
+    classes, end, depths = "", 0, _depths(text)
+    while match := _TOKEN.match(text, end):
+        classes, end = classes + match.lastgroup, match.end()
+    balanced = min(depths) >= 0 == depths[-1]
+    return classes if end == len(text) and balanced and not _MALFORMED.search(classes) else ""
+
+
+def _equal_formulas(truth: str, box: str) -> bool:
+    a, b = _classes(truth), _classes(box)
+    if not a or not b or _HEAVY.search(truth + " " + box):
+        return False
+    # \log_2 8 does not answer where 3 is asked for; but 100! may stand for its many digits
+    if set("feb") & set(b) - set(a) and not _variables(truth) and len(truth) < 30:
+        return False
+    # 4 is not 4x, and x^2 + y^2 = z^2 is not z^2; but 1 < x < 2 is (1, 2)
+    is_range = (
+        {truth[0], box[0]} & {*"(["} and "=" not in truth + box and (a + b).count("r") in (1, 2)
+    )
+    strange = _variables(box) - _variables(truth) or (plain_number(box) and _variables(truth))
+    same_kind = a.count("r") == b.count("r") and ("=" in truth) == ("=" in box)
+    return bool(is_range or (same_kind and not strange)) and _math_verify(truth, box)
+
+
+def _equal_chains(truth: str, box: str) -> bool:
+    """Rule 3, where a side has a name or more than one value."""
+    (truth_names, truth_values), (names, values) = _split_names(truth), _split_names(box)
+    is_equation = len(truth_values) == 2 and not truth_names and _variables(truth)
+    same_names = not truth_names or truth_names == names or (len(values) == 1 and not names)
+    if is_equation or not same_names:  # y = 2x + 1 for 2x - y + 1 = 0, 2x = 10 for x = 5
+        return _equal_formulas(truth, box)
+    value = [value for value in truth_values if value[0] != "≈"][-1]
+    for name in names if names != truth_names else ():
+        if _words(value) and _words(name):
+            return False  # D = C chooses twice
+    return all(_equal(value, one) for one in values)
+
+
+def _equal(truth: str, box: str) -> bool:
+    """All rules on normalised text, in a worker."""
+    if (verdict := _quick(truth, box)) is not None:
+        return verdict
+    if not box or len(box) > MAX_ANSWER_CHARS or max(_depths(box)) > MAX_DEPTH:
+        return False
+    has_order = re.search(r"[<>]|\\[lg]e(?![a-zA-Z])", truth + box)
+    if box[0] == "≈":
+        return bool(plain_number(box[1:]) and _classes(truth)) and _math_verify(truth, box)
+    if any(names or len(values) > 1 for names, values in map(_split_names, (truth, box))):
+        # -2 < x < 7 for x \in (-2, 7) is refused by public graders
+        return False if r"\in" in truth and has_order else _equal_chains(truth, box)
+    (truth_value, truth_unit), (value, unit) = _split_unit(truth, True), _split_unit(box)
+    if truth_unit or unit:
+        one_sided = not (truth_unit and unit) and "%" not in truth + box
+        return (one_sided or truth_unit == unit) and _equal(truth_value, value)
+    if all(re.fullmatch(r"\d{1,9}(?: ?: ?\d{1,9})+", side) for side in (truth, box)):
+        # 22:42 for 11:21; what is not in lowest terms is a time of day, and 1:3 is not 10:30
+        a, b = ([*map(int, side.split(":"))] for side in (truth, box))
+        return math.gcd(*a) == 1 and [n * b[0] for n in a] == [n * a[0] for n in b]
     lists = _items(truth), _items(box)
     is_list = [bool(brackets) or len(items) > 1 for brackets, items in lists]
     if all(is_list):
-        return _equal_lists(*lists, compare)
-    if any(is_list) and (plain_number(truth) or plain_number(box)):
+        return _equal_lists(*lists[0], *lists[1])
+    if any(is_list) and not has_order:
         return False
     words = _words(truth), _words(box)  # as products of letters, ba would be ab
     if all(words) or any(len(word) > 3 for word in words):
         return words[0] == words[1]
-    return False if _refused(truth, box) else compare(truth, box)
+    return _equal_formulas(truth, box)
 
 
-# ------------------------------------------------------------------- rule 1, and math-verify itself
+def _math_verify(truth: str, box: str) -> bool:
+    """Whether two formulas are equal, as math-verify reads them; False if it cannot."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Eq, Expr, I, N, Rational
+
+    # units=True would drop the s of 2s, and other boxes make it misread bare text
+    options = dict(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    config = [LatexExtractionConfig(normalization_config=NormalizationConfig(**options))]
+    boxes = [f"\\boxed{{{text.removeprefix('≈')}}}" for text in (truth, box)]
+    read = [parse(text, config, parsing_timeout=None) for text in boxes]  # the parent keeps time
+    if not all(read) or isinstance(read[0][0], str) or isinstance(read[1][0], str):
+        return False
+    a, b = read[0][0], read[1][0]
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    points = [
+        {symbol: Rational(start + 3 * k, 5 + 2 * k) for k, symbol in enumerate(symbols)}
+        for start in (7, 23, 51, -9)
+    ]
+    if isinstance(a, Eq) and isinstance(b, Eq):  # 2x = 10 is x = 5 times a constant
+        a, b = a.lhs - a.rhs, b.lhs - b.rhs
+        a, b = a / a.subs(points[2]), b / b.subs(points[2])
+    if not (isinstance(a, Expr) and isinstance(b, Expr)):
+        return verify(*read, allow_set_relation_comp=True, timeout_seconds=None)
+    number, rounded = plain_number(truth), "." in truth + box
+    rounded = rounded and not (number and number[0].denominator == 1)
+    for point in points:
+        # it reads i as a variable, so that e^{i\pi} would not be -1
+        point |= {symbol: I for symbol in symbols if symbol.name == "i"}
+        x, y = (side.doit().subs(point) for side in (a, b))
+        difference, size = abs(N(x - y, 30)), max(abs(N(x, 30)), abs(N(y, 30)))
+        if point is points[3] and not (N(x).is_real and N(y).is_real):
+            continue  # \sqrt{1/n} is meant for n > 0
+        if not (difference.is_number and size.is_finite):
+            return False
+        limit = size * (1e-6 if rounded else 0 if (x - y).is_Rational else 1e-20)
+        if box[0] == "≈":
+            limit = 0.501 * 10.0 ** -len(box.partition(".")[2])  # to the digits that it has
+        if not (difference <= limit or (0 in (x, y) and size < 1e-28)):
+            return False
+    return True
 
 
 def _alternatives(ground_truth) -> list[str]:
@@ -389,8 +445,7 @@ def _alternatives(ground_truth) -> list[str]:
         ground_truth = str(ground_truth)
     if not isinstance(ground_truth, str):
         return []
-    text = normalise(extract_answer(ground_truth) or ground_truth)
-    return [text] if text else []
+    return [text] if (text := normalise(extract_answer(ground_truth) or ground_truth)) else []
 
 
 def is_valid_ground_truth(ground_truth) -> bool:
@@ -398,95 +453,39 @@ def is_valid_ground_truth(ground_truth) -> bool:
     return bool(_alternatives(ground_truth))
 
 
-def _math_verify(truth: str, box: str) -> bool | None:
-    """Rule 9, in a worker. None if math-verify cannot read the ground truth."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, I
-
-    # units=True would drop the s of 2s, and other boxes make it misread bare text
-    normalization = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
-    )
-    config = [LatexExtractionConfig(normalization_config=normalization)]
-
-    def read(text):
-        sides = parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)  # the parent keeps time
-        # it reads i as a variable, so that e^{i\pi} would not be -1
-        return [
-            side.subs({symbol: I for symbol in side.free_symbols if symbol.name == "i"})
-            if isinstance(side, Expr)
-            else side
-            for side in sides
-            if not isinstance(side, str)
-        ]
-
-    a, b = read(truth), read(box)
-    if not a:
-        return None
-    as_interval = _only_interval(truth)
-    return bool(b) and (
-        verify(a, b, allow_set_relation_comp=as_interval, timeout_seconds=None)
-        and _close(a[0], b[0])
-    )
+# ------------------------------------------------------------------------------------ supervision
 
 
-def _close(truth, box) -> bool:
-    """Equal to a relative 1e-6 at one point; to math-verify, two tiny numbers are equal."""
-    from sympy import Expr, N, Rational
+class Grader(AbstractContextManager):
+    """Grades in the background, in processes that can be killed: a string can keep a parser busy
+    for hours, in C code, which no exception interrupts.
 
-    if not (isinstance(truth, Expr) and isinstance(box, Expr)):
-        return True
-    symbols = sorted(truth.free_symbols | box.free_symbols, key=str)
-    point = {symbol: Rational(7 + 3 * k, 5 + 2 * k) for k, symbol in enumerate(symbols)}
-    a, b = (N(side.doit().subs(point)) for side in (truth, box))
-    if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
-        return True
-    size = max(abs(a), abs(b))
-    return bool(abs(a - b) <= 1e-6 * size if a and b else size < 1e-30)  # a zero may be rounded
-
-
-# -------------------------------------------------------------------------------------- supervision
-# A string can keep the parser busy for hours, in C code, which no exception interrupts: only a
-# process can be stopped. multiprocessing would import the parent's main module into each, which
-# under `torchrun train.py` means torch. So a worker is this file, run as a script: a fresh process,
-# safe beside threads and CUDA.
-
-
-class Grader:
-    """Worker processes that reply to a line with a line, in the background; a stuck one is killed.
-
-    `command`: the arguments of `python`. A worker replies to its first line, which is empty, once
-    it is ready, and to later ones within `timeout` seconds. num_workers (int) threads with a
-    process each start with the first task. `stats` counts gradings: graded, fast (without a
-    process), and FAILURES.
+    `grade(*task)` returns a score or the name of one of FAILURES, within `timeout` seconds. Each of
+    the num_workers processes first calls start(*arguments). `stats` counts: graded, and FAILURES.
     """
 
-    def __init__(self, command: list[str], num_workers: int, timeout: float):
-        self.command, self.num_workers, self.timeout = command, num_workers, timeout
-        self.stats = dict.fromkeys(("graded", "fast", *FAILURES), 0)
-        self._reported = dict(self.stats)
-        self._reset()
+    def __init__(self, grade, num_workers: int, timeout: float, start, *arguments):
+        self.grade, self.num_workers, self.timeout = grade, num_workers, timeout
+        self.start, self.arguments = start, arguments
+        self.stats = dict.fromkeys(("graded", *FAILURES), 0)
+        self._reported, self._pid = dict(self.stats), None
+        self._after_fork()
 
-    def _reset(self):
-        self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
-        self._tasks, self._processes, self._threads = queue.SimpleQueue(), [], []
+    def _after_fork(self):
+        """What each process has for itself: a forked child must not use its parent's pipes."""
+        if self._pid != os.getpid():
+            self._pid, self._lock, self._known = os.getpid(), threading.RLock(), {}
+            self._closed, self._pool = False, None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self):
+    def close(self, *_):
         """Kill the processes. What is still pending scores 0.0 and counts as a death."""
-        if self._pid == os.getpid():
-            with self._lock:
-                self._closed = True
-                for process in self._processes:
-                    process.kill()
-                for _ in self._threads:
-                    self._tasks.put(None)
+        self._after_fork()
+        self._closed = True
+        if self._pool:
+            self._pool.stop()
+            self._pool.join()
+
+    __exit__ = close
 
     def take_stats(self) -> dict[str, int]:
         """The counters since the last call: one batch, for the training log."""
@@ -495,199 +494,105 @@ class Grader:
             self._reported = dict(self.stats)
         return recent
 
-    def _enqueue(self, line: str, on_reply):
-        """Call on_reply(exchange(line)) later, from another thread."""
+    def _schedule(self, task: tuple, on_reply, tries: int = 2):
+        """Call on_reply(grade(*task), or the failure's name) later, from another thread."""
+
+        def finish(job: Future):
+            error = CancelledError() if job.cancelled() else job.exception()
+            if error is None or isinstance(error, TimeoutError):
+                on_reply("timeouts" if error else job.result())
+            elif isinstance(error, ProcessExpired) or tries == 1:
+                on_reply("deaths")
+            else:  # the pool itself is lost: a process was killed while it held the pool's lock
+                self._schedule(task, on_reply, tries=1)
+
         with self._lock:
-            if not self._closed:
-                self._tasks.put((line, on_reply))
-                while len(self._threads) < self.num_workers:
-                    self._threads.append(threading.Thread(target=self._work, daemon=True))
-                    self._threads[-1].start()
-                return
-        on_reply("deaths")
+            if not self._closed and not (self._pool and self._pool.active):
+                # Unlike those of multiprocessing, loky's processes do not import the parent's main
+                # module, which under `torchrun train.py` means torch.
+                options = dict(initializer=_start_worker, initargs=(self.start, self.arguments))
+                self._pool = ProcessPool(self.num_workers, context=get_context("loky"), **options)
+            job = None if self._closed else self._pool.schedule(self.grade, task, {}, self.timeout)
+        on_reply("deaths") if job is None else job.add_done_callback(finish)
 
-    def _work(self):
-        process = None
-        while (task := self._tasks.get()) is not None:
-            line, on_reply = task
-            if process is None or process.poll() is not None:  # it may be killed while idle
-                process = self._new_process()
-            on_reply(exchange(process, line, self.timeout) if process else "deaths")
-
-    def _new_process(self) -> subprocess.Popen | None:
+    def _count(self, reply, score: Future):
         with self._lock:
-            if self._closed:
-                return None
-            process = start_worker(self.command)
-            self._processes = [p for p in self._processes if p.poll() is None] + [process]
-        exchange(process)  # outside of the lock, since it may take long
-        return process
+            for name in ("graded", *[reply] * (reply in FAILURES)):
+                self.stats[name] += 1
+        score.set_result(0.0 if reply in FAILURES else float(reply))
 
 
-def start_worker(command: list[str]) -> subprocess.Popen:
-    """A worker process: in a session of its own, because Ctrl-C is meant for the parent; with a
-    fixed hash seed, because sympy depends on the order of sets."""
-    return subprocess.Popen(
-        [sys.executable, *command, str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONHASHSEED": "0"},
-    )
-
-
-def exchange(process: subprocess.Popen, line: str = "", timeout: float = START_TIMEOUT) -> str:
-    """A worker's reply to a line; "timeouts" if it was killed for being late, "deaths" if it ended
-    otherwise. The empty line waits until the worker is ready."""
-    late = []
-    timer = threading.Timer(timeout, lambda: (late.append(True), process.kill()))
-    timer.start()
-    try:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        reply = process.stdout.readline().strip()
-    except OSError:  # its end of the pipe is closed
-        reply = ""
-    timer.cancel()
-    timer.join()  # if it has fired, it kills this process, not the next one
-    if reply and not late:
-        return reply
-    process.kill()
-    process.wait()
-    return "timeouts" if late else "deaths"
-
-
-def serve_worker(reply_to, parent: int):
-    """The worker's side: write reply_to(line) for every line, and end with the parent process."""
+def _start_worker(start, arguments: tuple):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for the parser to return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
-    if os.getppid() != parent:  # it ended before that call
-        sys.exit()
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no reply
-    for line in sys.stdin:
-        replies.write(reply_to(line.strip()) + "\n")
+    with suppress(Exception):  # the pool would start processes for ever; the tasks will report it
+        start(*arguments)
 
 
 class Verifier(Grader):
     """Grades in the background: `submit` summaries as they arrive, collect the futures later.
 
-    num_workers (int) processes start with the first pair that the rules cannot decide; `timeout`
-    (seconds) bounds one comparison. Equal pairs are graded once: remembered ones count as fast.
-    ImportError if math-verify is missing.
+    num_workers (int) processes start with the first pair that is not settled by equal text or plain
+    numbers; `timeout` (seconds) bounds one pair. ImportError without math-verify.
     """
 
     def __init__(self, num_workers: int = 2, timeout: float = TASK_TIMEOUT):
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("verifier.py needs math_verify: pip install math-verify")
-        self._known = {}  # (truths, box) -> a verdict, or the futures that wait for it
-        super().__init__([os.path.abspath(__file__), str(timeout)], num_workers, timeout)
+        super().__init__(_grade, num_workers, timeout, _limit_worker)
 
-    def _reset(self):
-        super()._reset()  # waiting futures are the parent's
-        self._known = {key: v for key, v in self._known.items() if isinstance(v, str)}
-
-    def submit(self, summary: str, ground_truth, question: str = "") -> Future:
-        """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list.
-
-        The question is not read; all graders take the same arguments.
-        """
-        if self._pid != os.getpid():  # a forked child must not write into its parent's pipes
-            self._reset()
+    def submit(self, summary: str, ground_truth, question: str = "", **context) -> Future:
+        """A future of 0.0 or 1.0, never an error. ground_truth: str, int, float, or a list. The
+        rest is for reward functions."""
+        self._after_fork()
         box = extract_answer(summary) if isinstance(summary, str) else None
         box = normalise(box) if box and len(box) <= MAX_NUMBER_CHARS else ""
-        key, future = (tuple(_alternatives(ground_truth)), box), Future()
+        key, score = (tuple(_alternatives(ground_truth)), box), Future()
         with self._lock:
-            known = self._known.setdefault(key, [])
-            if isinstance(known, list):
-                known.append(future)
-        if isinstance(known, str):
-            self._finish([future], known, fast=True)
-        elif known[0] is future:  # the first of equal pairs; the others wait for it
-            try:
-                verdict = _verdict(*key)
-            except Exception:
-                verdict = "exceptions"  # a fault in the rules: a counted 0
-            if verdict:
-                self._settle(key, verdict, fast=True)
+            if len(self._known) >= MAX_CACHE:
+                self._known = {}
+            is_new = key not in self._known
+            reply = self._known.setdefault(key, Future())  # equal pairs are graded once
+        if is_new:
+            quick = [_quick(truth, box) for truth in key[0]] if box else [False]
+            if not key[0]:
+                reply.set_result("invalid_ground_truths")
+            elif True in quick or None not in quick:
+                reply.set_result(True in quick)
             else:
-                self._enqueue(json.dumps(key), lambda reply: self._settle(key, reply))
-        return future
+                self._schedule(key, reply.set_result)
+        reply.add_done_callback(lambda done: self._count(done.result(), score))
+        return score
 
     def score(self, pairs) -> list[float]:
         """0.0 or 1.0 for each (summary, ground_truth), in order; waits for all of them."""
         return [future.result() for future in [self.submit(*pair) for pair in pairs]]
 
-    def _settle(self, key, verdict: str, fast: bool = False):
-        with self._lock:
-            waiting = self._known.pop(key)
-            if len(self._known) >= MAX_CACHE:
-                self._known = {k: v for k, v in self._known.items() if isinstance(v, list)}
-            self._known[key] = verdict  # failures too: a hostile string costs its seconds once
-        self._finish(waiting, verdict, fast)
 
-    def _finish(self, futures: list[Future], verdict: str, fast: bool):
-        with self._lock:
-            for name in ("graded", *["fast"] * fast, *[verdict] * (verdict in FAILURES)):
-                self.stats[name] += len(futures)
-        for future in futures:
-            future.set_result(float(verdict == "right"))
-
-
-def failure_share(stats: dict) -> float:
-    """Share of gradings that scored 0 for another reason than a wrong answer."""
-    return sum(stats[name] for name in FAILURES) / max(stats["graded"], 1)
-
-
-_shared, _shared_lock = None, threading.Lock()
+_shared = functools.cache(Verifier)  # the processes end with this one
 
 
 def is_correct(summary: str, ground_truth) -> bool:
     """Whether the last box is the ground truth. Thread-safe; bounded time; never an error."""
-    global _shared
-    with _shared_lock:
-        if _shared is None:
-            _shared = Verifier()
-            atexit.register(_shared.close)
-    return _shared.submit(summary, ground_truth).result() == 1.0
+    return _shared().submit(summary, ground_truth).result() == 1.0
 
 
-def _verdict(truths, box: str, *compare) -> str | None:
-    """The verdict on the best of the alternatives, in a word; None: left to math-verify."""
-    if not truths:
-        return "invalid_ground_truths"
-    best = max((_equal(truth, box, *compare) for truth in truths), key=_CERTAINTY) if box else False
-    return None if best is None else "right" if best else "wrong"
-
-
-def _grade(line: str, timeout: float) -> str:
-    """One pair's verdict, in a worker. A word: printing or pickling a parsed object can hang."""
-    if not line:
-        return "ready"
-    # the parent keeps time; if it is gone, the kernel ends even a worker stuck in C code
-    signal.alarm(int(timeout) + 3)
+def _grade(truths: tuple[str, ...], box: str) -> bool | str:
     try:
-        return _verdict(*json.loads(line), _math_verify) or "unparsable_ground_truths"
+        return any(_equal(truth, box) for truth in truths)
     except MemoryError:
         os._exit(1)  # a death: a fresh worker has memory again
     except BaseException:  # math-verify's TimeoutException is not an Exception
         return "exceptions"
-    finally:
-        signal.alarm(0)
 
 
 def _limit_worker():
     import resource  # absent on Windows, where workers cannot run but the rules can
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the parser prints its complaints
-
-
-if __name__ == "__main__":
     import math_verify  # noqa: F401    now, not during the first task
 
-    _limit_worker()
-    serve_worker(lambda line: _grade(line, float(sys.argv[1])), int(sys.argv[2]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the parser prints its complaints

@@ -23,7 +23,7 @@ EXAMPLES = settings(
 BOXES = [
     (r"so \boxed{4}.", "4"), (r"\boxed{3} no, \boxed{4}", "4"), (r"\boxed{3} and \boxed{4", "3"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{204\}", "204\\"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{204\}", None),
     (r"\boxed {7}", "7"), (r"\\boxed{8}", "8"),
     (r"\boxed{x = \boxed{5} + 1}", r"x = \boxed{5} + 1"), (r"} } \boxed{5}", "5"),
     (r"{ { \boxed{5}", "5"), (r"\boxed{4", None), (r"the answer is 4", None), (r"boxed{4}", None),
@@ -49,9 +49,9 @@ CONVENTIONS = {
     # order in (a,b), or in x=1, y=2 against 1, 2: matters. A swapped point is another point.
     2: [("(1,2)", "(2,1)", 0), ("[1,2)", "[2,1)", 0), ("x=1, y=2", "1,2", 1),
          ("x=1, y=2", "2,1", 0), ("x=1, y=2", "y=2, x=1", 1), ("x=1, y=2", "x=2, y=1", 0)],
-    # [a,b] or {a,b} for (a,b); a<x<b for (a,b): wrong. Closed is not open; notation counts.
+    # [a,b] or {a,b} for (a,b): wrong. Closed is not open.
     3: [("(1,2)", "[1,2]", 0), ("[1,2]", "(1,2)", 0), ("[1,2)", "(1,2]", 0),
-         ("(1,2)", r"\{1,2\}", 0), ("(-793,10)", "-793<a<10", 0), ("-793<a<10", "(-793,10)", 1)],
+         ("(1,2)", r"\{1,2\}", 0), ("[1,2)", r"[1,\frac42)", 1)],
     # a,b for (a,b) in order; (a,b) for a,b: right. Parentheses around a list carry no value.
     4: [("(1,2)", "1,2", 1), ("(1,2)", "2,1", 0), ("-5,7", "(-5,7)", 1)],
     # 2/4, 0.5 or 50/100 for 1/2; 10^4 for 10000: right. The value counts, reduced or not.
@@ -61,16 +61,20 @@ CONVENTIONS = {
     # p% for p, and for p/100: right. Questions ask for either; one box states one.
     6: [(r"10\%", "10", 1), ("10", r"10\%", 1), (r"10\%", "0.1", 1), ("0.6", r"60\%", 1),
          ("60", "0.6", 0), (r"10\%", "1000", 0), (r"28\%", "28 percent", 1)],
-    # a unit on one side only: right. The question fixes it; a single bare letter is none.
+    # a unit of the table on one side only: right. The question fixes it; a single bare letter and
+    # a word that scales are none; in the ground truth, whatever is counted is one.
     7: [("12 cm", "12", 1), ("12", r"12\text{ cm}", 1), ("64 square feet", "64", 1),
          (r"5\sqrt{3}", r"5\sqrt{3}\text{ cm}^2", 1), ("45", r"45^\circ", 1), ("5", r"\$5", 1),
          ("12000", r"12,000 \text{ cm}^2", 1), ("5", r"5\text{ or maybe 6}", 0),
          ("5", r"5\text{ or so}", 0), ("7", r"5\text{ cm 7}", 0), ("2", "2k", 0), ("2m", "2", 0),
-         ("5", "5m", 0)],
-    # different units or words: wrong. 5 cm is not 5 m.
+         ("5", "5m", 0), ("12", r"12 \text{ apples}", 1), ("12 daps", "12", 1),
+         ("5", "5 million", 0), ("5", r"5\text{ is wrong}", 0), ("5", r"5\text{ any text}", 0),
+         ("5 million", "5", 0)],
+    # different units or words: wrong. 5 cm is not 5 m, 36 cents are not \$36, 145 rad not degrees.
     8: [(r"10\text{ cm}", r"10\text{ m}", 0), ("10 cm", r"10\mathrm{ cm}", 1),
          (r"\text{even}", "odd", 0), (r"\text{not }4", "4", 0), ("4", r"\text{not } 4", 0),
-         ("x+1", r"\text{not } x+1", 0)],
+         ("x+1", r"\text{not } x+1", 0), (r"\$36", "36 cents", 0), (r"\$36", "36 dollars", 1),
+         (r"145^\circ", r"145\text{ rad}", 0), (r"84\%", r"84\text{ cm}", 0)],
     # a decimal for a fraction or root: to a relative 1e-6. An absolute one rewards 0.0 for 1e-19.
     9: [(r"1.6\times 10^{-19}", "0.0", 0), (r"1.6\times 10^{-19}", "1.6e-19", 1),
          (r"\frac{1}{3}", "0.33", 0), (r"\frac{1}{3}", "0.3333333", 1),
@@ -79,19 +83,23 @@ CONVENTIONS = {
          (r"10^{-20}\pi", "0.0", 0)],
     # a decimal against an integer ground truth: exact. Integers need no rounding.
     10: [("5", "5.0", 1), (142.0, "142", 1), ("16", "16.0000001", 0), ("1000000", "1000000.5", 0)],
-    # \sum, \binom, n!, \sin, \log for a number: wrong. It restates the question.
+    # \sum, \binom, n!, \sin, \log, |..| for a number: wrong. It restates the question.
     11: [("5050", r"\sum_{k=1}^{100} k", 0), ("10", r"\binom{5}{2}", 0), ("120", "5!", 0),
          ("1", r"\sin(\frac{\pi}{2})", 0), ("3", r"\log_2 8", 0),
          (r"\frac{\pi}{4}", r"\int_0^1 \frac{1}{1+x^2} dx", 0), (r"\tan^2(y)+1", r"\sec^2(y)", 1)],
-    # x = 5, or x = 2+3 = 5, for 5: right. Only the last value of a chain counts.
+    # x = 5, or x = 2+3 = 5, for 5: right. All values of a chain count, rounded to their digits.
     12: [("5", "x = 5", 1), ("x=5", "5", 1), ("5", "x = 2+3 = 5", 1), ("5", "x = 5 = 4", 0),
          ("2x+3", "f(x) = 2x+3", 1), ("11", r"x\approx 11", 1), ("(1,2)", "(x,y)=(1,2)", 1),
-         ("x=1", "y=1", 0), ("5", "x+y=5", 0), ("z^2", "x^2+y^2=z^2", 0)],
+         ("x=1", "y=1", 0), ("5", "x+y=5", 0), ("z^2", "x^2+y^2=z^2", 0), ("5", "x=6=5", 0),
+         ("2", "z = 3+3 = 2", 0), ("x=5", "2x=10", 1), ("x=5", "2x=11", 0),
+         ("(3,4)", "(y,x)=(3,4)", 0),
+         ("(3,4)", "y=3, x=4", 0), ("(3,4)", "x=3, y=4", 1), (r"\sqrt2", r"\sqrt2 \approx 1.41", 1),
+         (r"\sqrt2", r"\sqrt2 \approx 1.5", 0), ("204", r"204 \approx 205", 0)],
     # 203 = 204 for 204; 4 or 6 for 4; \pm 4 for 4: wrong. Two values are a hedge.
     13: [("204", "203=204", 0), ("4", "2+2=4", 1), ("4", r"4 \text{ or } 6", 0),
          ("4", r"\pm 4", 0), (r"\pm 4", "4", 0), (r"\pm 4", "4,-4", 1),
          (r"1\pm\sqrt{2}", r"1-\sqrt{2}, 1+\sqrt{2}", 1), ("-4", "-4,-3", 0),
-         ("265", "[264, 266]", 0)],
+         ("265", "[264, 266]", 0), (r"\text{Yes}", r"\text{Yes} \quad \text{No}", 0)],
     # another, or no, base subscript: wrong. 1011_2 is not 1011.
     14: [("1011_2", "1011_3", 0), ("1011_2", "1011", 0), ("1011_2", "11", 0),
          ("1011_2", "1011_{2}", 1), ("11", "1011_2", 0), (r"\frac{2}{3}", r"\frac{2}{3}_7", 0)],
@@ -106,13 +114,15 @@ CONVENTIONS = {
     # ba for ab, neve for even: wrong. Letters alone are a word, not a product.
     17: [("ab", "ba", 0), ("even", "neve", 0), (r"\text{Even}", "even", 1),
          ("pq", r"p \cdot q", 1)],
-    # 22:42 for 11:21: right. A ratio is its quotient.
-    18: [("11:21", "22:42", 1), ("3:2", "2:3", 0)],
-    # x <= 2 for (-oo,2], 2 < x <= 5 for (2,5]: right. Such brackets are no point and no list.
+    # 22:42 for 11:21: right, 1:3 for 10:30: wrong. A ratio is in lowest terms; the rest are times.
+    18: [("11:21", "22:42", 1), ("3:2", "2:3", 0), ("10:30", "1:3", 0), ("9:24", "0.375", 0),
+         ("9:24", r"9:24 \text{ am}", 1)],
+    # x <= 2 for (-oo,2], 2 < x <= 5 for (2,5]: right; but not for x \in [2,5], as graders have it.
     19: [(r"(-\infty,2]", r"x\le2", 1), (r"(-\infty,2]", "x<=2", 1), (r"(-\infty,2]", "x<2", 0),
          (r"(-\infty,2]", r"x\ge2", 0), (r"[2,\infty)", "x>=2", 1),
          (r"[2,\infty)", r"2 \leq x", 1), ("(2,5]", r"2<x\le5", 1), ("(2,5]", r"2\le x<5", 0),
-         ("(2,5]", r"2<x\le6", 0), ("(2,5)", "2<x<5", 0), ("[-2,7]", r"-2\le x\le7", 0),
+         ("(2,5]", r"2<x\le6", 0), ("(2,5)", "2<x<5", 1), ("[-2,7]", r"-2\le x\le7", 1),
+         ("-793<a<10", "(-793,10)", 1), (r"x \in [-2,7]", r"-2\le x\le7", 0),
          ("x>=2", r"x\ge 2", 1), ("x>=2", "x>2", 0), (r"x \le 2", r"(-\infty,2]", 1),
          ("x > 2", "y > 2", 0), ("5", r"x \le 5", 0)],
     # 2s for 2m, 2 for 2m; 2a for 2A: wrong. A letter after a number is a factor, not a unit.
@@ -145,6 +155,12 @@ ORDINARY = [
     (r"(-\infty,2]", "(−∞,2]", 1), ("16", "4²", 1), ("1,2", "1，2", 1), ("45", "45°", 1),
     (r"\emptyset", r"\varnothing", 1), ("5", r"5\textrm{ cm}", 1), ("(1000,2)", "(1{,}000,2)", 1),
     ("2^k", r"2^{k} \text{ cm}^2", 1), (r"\\sqrt{5}", r"\sqrt{5}", 1),
+    (r"\frac{\pi}{2}", "pi/2", 1), ("e^{16}-1", "-1 + exp(16)", 1), (r"\pm 7", "+- 7", 1),
+    ("4", "**4**", 1), (r"\sqrt{1/n}", r"\frac{1}{\sqrt{n}}", 1), ("x_2^2", "x^2_2", 1),
+    ("f(x)=x+c", r"x+c \text{ for all } c", 1), (r"\emptyset", r"\text{no solution}", 1),
+    (r"\frac13", "0.333...", 1), (r"\frac13", "0.433...", 0), ("x", "|x|", 0),
+    (r"\frac12", r"\le \frac12", 0), (r"\frac12", r"\frac13 \to \frac12", 0),
+    (r"\frac12", r"\frac13\tag{\frac12}", 0), ("5", "5'", 0), (r"5", r"\not= 5", 0),
 ]
 
 GROUND_TRUTHS = [
@@ -157,7 +173,7 @@ GROUND_TRUTHS = [
 LAZY = [
     "", "()", "{}", r"\frac{0}{0}", r"\frac{1}{0}", "1/0", "NaN", "None", "True", "0=0", "x=x",
     "1=1", r"\pm", r"\ldots", "?", "answer", r"\text{the answer}", "[]", r"\sqrt{}", "0.0", "-",
-    r"\mathbb{Q}", "(-1,1)", "^", "_", "&", r"\\", "%", "#", r"\boxed{}",
+    r"\mathbb{Q}", "(-1,7)", "^", "_", "&", r"\\", "%", "#", r"\boxed{}",
 ]
 
 UNRELATED = [
@@ -217,7 +233,7 @@ def test_reading_the_box_takes_linear_time(unit):
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: text[:6])
 def test_the_rules_themselves_are_fast_on_any_text(text):
-    """Regular expressions can hang too; the parent runs them without a timeout."""
+    """Regular expressions can hang too; the parent runs some of them without a timeout."""
     start = time.process_time()
     for truth in ("204", r"\frac{1}{2}", "x", "(1,2)"):
         rules._equal(rules.normalise(truth), rules.normalise(text))
@@ -225,7 +241,8 @@ def test_the_rules_themselves_are_fast_on_any_text(text):
 
 
 @pytest.mark.parametrize("text", HEAVY, ids=lambda text: text[:20])
-def test_hostile_shapes_are_refused_without_a_worker(text):
+def test_hostile_shapes_are_refused_before_math_verify(monkeypatch, text):
+    monkeypatch.setattr(rules, "_math_verify", None)
     assert rules._equal("x^2+1", rules.normalise(text)) is False
 
 
@@ -268,17 +285,16 @@ def test_ground_truths_of_every_type():
 
 
 def test_labelled_pairs(verifier):
-    """At least 97 % right on core, mutation and cross pairs, and nothing wrong rewarded."""
-    path = SHARED / "verifier" / "pairs.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    pairs = [json.loads(line) for line in path.open()]
-    pairs = [pair for pair in pairs if pair["scope"] in ("core", "mutation", "cross")]
+    """At least 98.4 % right of core, mutation and cross pairs and of attacks, no wrong one paid."""
+    paths = [SHARED / "verifier" / name for name in ("pairs.jsonl", "attack.jsonl")]
+    if not all(path.exists() for path in paths):
+        pytest.skip(f"{paths} are not here")
+    pairs = [json.loads(line) for path in paths for line in path.open()]
+    pairs = [pair for pair in pairs if pair.get("scope") not in ("nobox", "contested", "long")]
     scores = verifier.score([(pair["candidate"], pair["gold"]) for pair in pairs])
     wrong = [pair for pair, score in zip(pairs, scores) if score != pair["expected"]]
-    false_positives = [pair["id"] for pair in wrong if pair["expected"] == 0]
-    assert len(pairs) > 200 and len(wrong) <= 0.03 * len(pairs), [pair["id"] for pair in wrong]
-    assert not false_positives
+    assert len(pairs) > 400 and len(wrong) <= 0.016 * len(pairs), wrong
+    assert not [pair for pair in wrong if pair["expected"] == 0]
 
 
 def dataset_truths():
@@ -385,9 +401,10 @@ def model_outputs(text):
     elif not re.search(special, re.sub(r"\\(frac|sqrt|cdot|left|right)", "", text)):
         yield "function", "f(x) = " + text
         yield "sized", rf"\left( {text} \right)"
-        if not rules._variables(text):
-            yield "decimal too", rf"{text} \approx 7.13"
-        if text[-1] in "0123456789}":
+        if simple := re.fullmatch(r"(\d*)\\sqrt\{(\d+)\}", text):
+            value = int(simple[1] or 1) * math.sqrt(int(simple[2]))
+            yield "decimal too", rf"{text} \approx {value:.3f}"
+        if text[-1] in "0123456789}" and "$" not in text:
             yield "unit", rf"{text} \text{{ cm}}^2"
     if "," in text and not re.search(r"\d,\d{3}|[=\\(\[]", text):
         yield "and", text.replace(",", r" \text{ and } ")
@@ -430,8 +447,6 @@ def test_mutations_of_dataset_ground_truths_score_0(verifier, count):
     truths = shuffled(1)[:count]
     pairs = [("", boxed(wrong), truth) for truth in truths for wrong in mutations(truth)]
     passed = [pair[1:] for pair in disagreements(verifier, pairs, 0)]
-    # Known and wrong, 1 of 39,191: math-verify reads 3:1 as 3, and a set has no repeats.
-    passed = [pair for pair in passed if pair != (boxed(r"\{3:1, 3\}"), "3:1")]
     assert len(pairs) > 800 and not passed, passed[:10]
 
 
