@@ -3,7 +3,8 @@ r"""Verifiable dense rewards, and the returns of a rollout's segments.
 A rollout is a thinking trace z, cut at the budgets b_1 < ... < b_M, and A summaries y at every cut.
 A summary scores r(x, y) = 1 if its answer is the ground truth and the text closes its thinking
 exactly once, else 0. Whether an answer *is* the ground truth is decided in tasks/verifier.py, or by
-a reward function of your own; here is where the answer stands, and what the scores add up to:
+a reward function of your own; here is how a summary is requested, where its answer stands, and what
+the scores add up to:
 
     score    r(x, y)      of one summary                                       [B, G, M, A]
     reward   r_j          mean of the A scores at budget j                     [B, G, M]
@@ -19,7 +20,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+THINK_END = "</think>"
+CUT_TEXT = f"...\n\n...\n\n{THINK_END}"  # closes a trace that did not close itself
+ANSWER_HEADER = "\n\n**Final Answer**\n"  # asks for the summary
 BLANK_LINE = re.compile(r"\n\s*\n")
+
+
+def appended_text(thinking: str) -> str:
+    """What is appended to a trace at its cut, so that the policy goes on with a summary.
+
+        z_≤b ends with its own </think>    the answer header
+        cut within the thinking            cut text, which ends with </think>, then the header
+        unclosed after b_M tokens          the same as cut
+
+    `thinking`: the text of z_≤b, special tokens included. A trace that ended with end-of-text
+    instead of </think> is over: nothing can follow it, so ask for nothing and score 0.
+    """
+    return ANSWER_HEADER if thinking.endswith(THINK_END) else CUT_TEXT + ANSWER_HEADER
 
 
 def answer_paragraph(summary: str) -> str:
@@ -36,7 +53,7 @@ def answer_paragraph(summary: str) -> str:
 
 
 def has_one_think_end(
-    thinking: str, appended: str, summary: str, think_end: str = "</think>"
+    thinking: str, appended: str, summary: str, think_end: str = THINK_END
 ) -> bool:
     """The format rule: the whole text holds exactly one </think>.
 

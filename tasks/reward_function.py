@@ -3,58 +3,63 @@
     def function(summary: str, ground_truth, question: str) -> float:       # in [0, 1]
 
 `summary` is what the policy wrote after the answer header, without end-of-text; one that breaks the
-format rule scores 0 without a call. `ground_truth` is the row's, as JSON has it, or None. A future
-may be returned. Calls run while the sampler goes on, in processes without torch, and are killed
-after `timeout` seconds. That, a death, an error and a value outside [0, 1] score 0 and are counted.
+format rule scores 0 without a call. `ground_truth` is the row's, or None. A function that names
+`thinking` (str, up to the cut) or `thinking_tokens` (int) gets these as well. A future may be
+returned. Calls run while the sampler goes on, in processes without torch, and are killed after
+`timeout` seconds. That, a death, an error and a value outside [0, 1] score 0 and are counted.
 """
 
+import functools
 import importlib
 import inspect
-import json
 import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-from tasks.verifier import FAILURES, Grader, exchange, serve_worker, start_worker
+from tasks.verifier import FAILURES, Grader
+
+ROOT = str(Path(__file__).resolve().parents[1])
+START_TIMEOUT = 300.0  # seconds for the imports of a module, which may load a judge's weights
+CONTEXT = {"thinking": "", "thinking_tokens": 0}  # what a function may ask for by name
 
 
 class RewardFunction(Grader):
     """A user's function, called in `num_workers` processes."""
 
     def __init__(self, name: str, num_workers: int = 2, timeout: float = 10.0):
-        self.flag = f"--reward {name}"
-        super().__init__(worker_command(name), num_workers, timeout)
+        self.name = name
+        super().__init__(_call, num_workers, timeout, _problem, name)
 
-    def submit(self, summary: str, ground_truth, question: str) -> Future:
-        """A future of a score in [0, 1], never an error."""
-        future, call = Future(), json.dumps([summary, ground_truth, question], default=str)
-        self._enqueue(call, lambda reply: self._finish(future, reply))
-        return future
+    def submit(self, summary: str, ground_truth, question: str = "", **context) -> Future:
+        """A future of a score in [0, 1], never an error. The context is CONTEXT's."""
+        score, task = Future(), (self.name, (summary, ground_truth, question), context)
+        self._after_fork()
+        self._schedule(task, lambda reply: self._finish(reply, score))
+        return score
 
-    def _finish(self, future: Future, reply: str):
-        lost = {"timeouts": f"no score within {self.timeout} s", "deaths": "its process died"}
-        score = lost.get(reply) or json.loads(reply)  # or in words what went wrong
-        with self._lock:
-            self.stats["graded"] += 1
-            if isinstance(score, str):
-                self.stats[reply if reply in lost else "exceptions"] += 1
-                if sum(map(self.stats.get, FAILURES)) == 1:
-                    print(f"WARNING {self.flag}: {score}; such summaries score 0", file=sys.stderr)
-                score = 0.0
-        future.set_result(score)
+    def _finish(self, reply, score: Future):
+        if isinstance(reply, str):
+            lost = {"timeouts": f"no score within {self.timeout} s", "deaths": "its process died"}
+            if not any(self.stats[failure] for failure in FAILURES):
+                message = f"{lost.get(reply, reply)}; such summaries score 0"
+                print(f"WARNING --reward {self.name}: {message}", file=sys.stderr)
+            reply = reply if reply in lost else "exceptions"
+        self._count(reply, score)
 
 
 def require_reward(name: str):
     """ValueError where the function cannot be found, imported or called with three arguments."""
     if name == "math":
         return
-    process = start_worker(worker_command(name))
-    reply = exchange(process)
-    process.kill()
-    if reply != "ready":
-        error = json.loads(reply) if reply[0] == '"' else "importing it ends the process, or hangs"
+    found = Future()
+    with Grader(_problem, 1, START_TIMEOUT, str) as grader:
+        grader._schedule((name,), found.set_result)
+        problem = found.result()
+    if problem:
+        lost = ("deaths", "timeouts")
+        problem = "importing it ends the process, or hangs" if problem in lost else problem
         fix = "the module in the current directory or installed, function(summary, truth, question)"
-        raise ValueError(f"--reward {name}: {error}. It must be module:function, {fix}")
+        raise ValueError(f"--reward {name}: {problem}. It must be module:function, {fix}")
 
 
 def reward_source(name: str) -> str:
@@ -63,33 +68,46 @@ def reward_source(name: str) -> str:
     return name + (path.read_text() if path.is_file() else "")
 
 
-def worker_command(name: str) -> list[str]:
-    # At first the root, so that nothing in the current directory shadows what the worker imports.
-    root = str(Path(__file__).resolve().parents[1])
-    start = f"import sys; sys.path[0] = {root!r}; import tasks.reward_function as f; f.work()"
-    return ["-c", start, name]
-
-
-def work():
-    """A worker process, which answers its parent's lines."""
-    sys.path[0] = ""  # from here on, imports are the user's
-    for module in [m for m in sys.modules if m.partition(".")[0] == "tasks"]:
-        del sys.modules[module]  # a package of the user's may be called tasks
-    serve_worker(lambda line: reply_to(line, sys.argv[1]), int(sys.argv[2]))
-
-
-def reply_to(line: str, name: str) -> str:
-    """A score, or in words what went wrong, as JSON. To an empty line: can it be called?"""
+@functools.cache
+def _load(name: str):
+    """The function, in a worker. Its modules may be called like ours: `tasks` is the user's."""
+    ours = {key: sys.modules.pop(key) for key in [*sys.modules] if key.split(".")[0] == "tasks"}
+    sys.path[:] = ["", *(path for path in sys.path if path != ROOT)]
     try:
         module, _, attribute = name.partition(":")
-        function = getattr(importlib.import_module(module), attribute)
-        inspect.signature(function).bind("", None, "")
-        if not line:
-            return "ready"
-        score = function(*json.loads(line))
-        score = float(score.result() if hasattr(score, "result") else score)
-        if not 0 <= score <= 1:
-            raise ValueError(f"it returned {score}, which is not in [0, 1]")
-        return json.dumps(score)
+        return getattr(importlib.import_module(module), attribute)
+    finally:
+        sys.modules.update(ours)
+
+
+def _problem(name: str) -> str:
+    """In words why the function cannot be called; "" if it can."""
+    try:
+        function = _load(name)
+        if inspect.isclass(function) or not callable(function):
+            return f"it is a {type(function).__name__}, not a function"
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            return "it is async or a generator; a reward is returned"
+        _arguments(function, CONTEXT)
     except Exception as e:
-        return json.dumps(f"{type(e).__name__}: {e}")
+        return f"{type(e).__name__}: {e}"
+    return ""
+
+
+def _arguments(function, context: dict) -> dict:
+    """The part of the context that the function names. TypeError if it cannot be called with it."""
+    signature = inspect.signature(function)
+    wanted = {name: value for name, value in context.items() if name in signature.parameters}
+    signature.bind("", None, "", **wanted)
+    return wanted
+
+
+def _call(name: str, call: tuple, context: dict) -> float | str:
+    """A score, or in words what went wrong, in a worker."""
+    try:
+        function = _load(name)
+        score = function(*call, **_arguments(function, context))
+        score = float(score.result() if hasattr(score, "result") else score)
+        return score if 0 <= score <= 1 else f"it returned {score}, which is not in [0, 1]"
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"

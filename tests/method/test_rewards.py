@@ -41,6 +41,21 @@ def test_the_paragraph_is_found_in_linear_time():
 
 
 @pytest.mark.parametrize(
+    "thinking, appended",
+    [
+        ("so 4", "...\n\n...\n\n</think>\n\n**Final Answer**\n"),  # cut, or unclosed at b_M
+        ("", "...\n\n...\n\n</think>\n\n**Final Answer**\n"),
+        ("so 4</think>", "\n\n**Final Answer**\n"),
+        ("</think> so 4", "...\n\n...\n\n</think>\n\n**Final Answer**\n"),  # scores 0 then
+    ],
+)
+def test_a_summary_is_requested(thinking, appended):
+    assert rewards.appended_text(thinking) == appended
+    closed = thinking.count("</think>") == thinking.endswith("</think>")
+    assert rewards.has_one_think_end(thinking, appended, "4") is closed
+
+
+@pytest.mark.parametrize(
     "thinking, appended, summary, one",
     [
         ("so 4</think>", "\n\n**Final Answer**\n", r"\boxed{4}", True),

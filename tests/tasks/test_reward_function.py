@@ -8,7 +8,6 @@ import train
 from runtime.config import parse
 from runtime.startup import SummaryVerifier
 from tasks.reward_function import RewardFunction, require_reward
-from tests.conftest import ROOT
 
 FUNCTIONS = """
 import os, time
@@ -70,10 +69,9 @@ def test_a_function_that_cannot_be_called_is_refused_at_the_start(functions):
     require_reward("functions:even")
 
 
-def test_the_users_modules_may_be_called_like_the_projects_and_like_pythons(functions):
+def test_the_users_modules_may_be_called_like_the_projects(functions):
     """And torch, which takes seconds to import, is in no worker."""
     (functions / "tasks").mkdir()
-    (functions / "queue.py").write_text("raise ImportError")  # the worker itself imports a queue
     (functions / "rewards.py").write_text("HALF = 0.5")
     (functions / "tasks" / "verifier.py").write_text(
         "import sys, rewards\n"
@@ -85,8 +83,11 @@ def test_the_users_modules_may_be_called_like_the_projects_and_like_pythons(func
 
 
 def test_the_example_of_the_readme(functions):
-    code = (ROOT / "README.md").read_text().split("```python\n# my_reward.py")[1].split("```")[0]
-    (functions / "my_reward.py").write_text("#" + code)
+    """even(summary, ground_truth, question), as the README calls it: an even digit in the box."""
+    (functions / "my_reward.py").write_text(
+        "def even(summary, ground_truth, question):\n"
+        "    return any(f'\\\\boxed{{{digit}}}' in summary for digit in '02468')"
+    )
     with RewardFunction("my_reward:even", num_workers=1) as reward:
         texts = ["\\boxed{4}", "so \\boxed{4}", "\\boxed{5}", "4"]
         futures = [reward.submit(text, None, "") for text in texts]
