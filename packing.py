@@ -22,8 +22,12 @@ from functools import cached_property
 from itertools import count
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 @dataclass
@@ -73,6 +77,17 @@ class Row:
     @cached_property
     def block_mask(self):
         return flex_mask(self)  # built once, however many forwards the row goes through
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the row stands for."""
+        return int(self.position_ids.max()) + 1
+
+    @cached_property
+    def trees(self) -> list[tuple[int, int]]:
+        """[start, end) of every tree: between them nothing is visible."""
+        starts = (self.trunk.diff().nonzero()[:, 0] + 1).tolist()
+        return list(zip([0, *starts], [*starts, len(self.trunk)]))
 
 
 def pack(trees: list[Tree], multiple: int = 1) -> Row:
@@ -140,10 +155,7 @@ def is_visible(q, k, branch: Tensor, trunk: Tensor, trunk_end: Tensor):
 
 
 def dense_mask(row: Row) -> Tensor:
-    """[1, 1, T, T] bool, True = attend; for scaled_dot_product_attention. Memory T²: short rows.
-
-    Bool is what sdpa wants; transformers' `eager` attention would add it to the scores as 0 and 1.
-    """
+    """[1, 1, T, T] bool, True = attend; for scaled_dot_product_attention. Memory T²: short rows."""
     index = torch.arange(len(row.input_ids), device=row.input_ids.device)
     q, k = index[:, None], index[None, :]
     return is_visible(q, k, row.branch, row.trunk, row.trunk_end)[None, None]
@@ -183,6 +195,22 @@ def flex_mask(row: Row):
     return BlockMask.from_kv_blocks(*listed((pairs > 0) & ~full), *listed(full), size, rule, (n, n))
 
 
+def attend_by_tree(module, query, key, value, attention_mask, trees=(), **settings):
+    """sdpa, tree by tree: Σ n² scores instead of T². As attn_implementation: "sdpa_by_tree"."""
+    if len(trees) < 2:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    parts = []
+    for start, end in trees:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))  # [1, heads, n, head size]
+        mask = attention_mask[:, :, start:end, start:end]
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register("sdpa_by_tree", attend_by_tree)
+AttentionMaskInterface.register("sdpa_by_tree", sdpa_mask)
+
+
 @contextmanager
 def compiled_whole():
     """Raise on a graph break; otherwise FlexAttention silently falls back to dense T x T scores."""
@@ -192,35 +220,88 @@ def compiled_whole():
         yield
 
 
+def eager_target_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / T) at the targets. [N, V], [N] -> [N], float32."""
+    logits = logits.float()
+    if temperature != 1.0:  # the division would be one more pass over all logits
+        logits = logits / temperature
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+# Compiled, the same in one pass over bfloat16 logits, without a float32 copy of them. Nothing is
+# compiled before the first call.
+compiled_target_logprobs = torch.compile(eager_target_logprobs, dynamic=True)
+
+
+def check_attention(config, longest: int):
+    """ValueError where a layer does not see all of `longest` tokens: the tree mask is for all."""
+    window = getattr(config, "sliding_window", None) or getattr(
+        config, "attention_chunk_size", None
+    )
+    window = (getattr(config, "use_sliding_window", True) and window) or 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window)
+    harmless = {"sliding_attention", "chunked_attention"} if window >= longest else set()
+    if other := sorted({*kinds} - {"full_attention"} - harmless):
+        raise ValueError(
+            f"a {config.model_type} has layers of {', '.join(other)} (window {window}), which do "
+            f"not attend to all of {longest} tokens: use shorter sequences, or another model"
+        )
+
+
+@torch.no_grad()
+def check_model(model, row: Row, hidden: Tensor):
+    """ValueError where a row is to this model not what its sequences are one by one.
+
+    What the last trained token saw goes through the whole model as an ordinary sequence, and must
+    give head(hidden). It does not with dropout, logits that are scaled or capped, layers that are
+    no attention, and attention that takes no mask of booleans ("eager" adds it to the scores).
+    """
+    index = torch.arange(len(row.input_ids), device=hidden.device)
+    last = int((index * row.trained).max())
+    seen = row.input_ids[is_visible(last, index, row.branch, row.trunk, row.trunk_end)]
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    # forward, not __call__: FSDP has gathered the root for token_logprobs.
+    plain = model.forward(input_ids=seen[None], use_cache=False, logits_to_keep=1).logits[0]
+    model.set_attn_implementation(implementation)
+    ours = model.get_output_embeddings()(hidden[last : last + 1])
+    gap = (ours - plain).abs().max() / plain.abs().max().clamp_min(1)
+    if not gap < (1e-4 if plain.dtype == torch.float32 else 5e-2):  # nan is refused as well
+        raise ValueError(
+            f"the logits of this {model.config.model_type} in a packed row are {gap:.1e} off those "
+            "of the plain sequence: dropout, changed logits, layers that are no attention, or "
+            f"attn_implementation {implementation!r} where sdpa_by_tree or flex_attention is needed"
+        )
+
+
 def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024) -> Tensor:
     """log π_T(token_t | what it saw) for every trained token; 0 elsewhere. [T], float32.
 
         logp_t = h_t·W_{token_t} / T - logsumexp_v( h_t·W_v / T )    h_t: hidden state at previous_t
 
-    The mask follows the model's attention implementation: FlexAttention where it was loaded with it
-    (GPU), dense with sdpa elsewhere. Logits exist for `chunk` tokens at a time and are recomputed
-    in backward, so no [T, V] tensor is ever held: at V = 152k and 30k tokens, 18 GB in float32.
+    The model's attn_implementation is "flex_attention" (GPU), "sdpa_by_tree" or "sdpa" (both with a
+    dense mask). Logits exist for `chunk` tokens at a time and are recomputed in backward, so no
+    [T, V] tensor is ever held: at V = 152k and 30k tokens, 18 GB. ValueError: see check_model.
     """
-    implementation = model.config._attn_implementation
-    if implementation not in ("flex_attention", "sdpa"):
-        raise ValueError(
-            f"attention {implementation!r} cannot take a tree mask: load the model "
-            "with attn_implementation='sdpa' or 'flex_attention'"
-        )
-    flex, decoder = implementation == "flex_attention", model.get_decoder()
-    head = model.get_output_embeddings()
+    check_attention(model.config, row.longest)
+    flex = model.config._attn_implementation == "flex_attention"
+    by_tree = model.config._attn_implementation == "sdpa_by_tree"
     with compiled_whole() if flex else nullcontext():
-        mask = row.block_mask if flex else dense_mask(row)
-        hidden = decoder(
+        hidden = model.get_decoder()(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
-            attention_mask=mask,
+            attention_mask=row.block_mask if flex else dense_mask(row),
             use_cache=False,
+            **({"trees": row.trees} if by_tree else {}),
         ).last_hidden_state[0]  # [T, D]
+    if not hasattr(model, "takes_rows"):  # once per model
+        check_model(model, row, hidden)
+        model.takes_rows = True
+    head = model.get_output_embeddings()
+    target_logprobs = compiled_target_logprobs if hidden.is_cuda else eager_target_logprobs
 
     def chunk_logprobs(h: Tensor, targets: Tensor) -> Tensor:
-        logits = head(h).float() / temperature  # [chunk, V]
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return target_logprobs(head(h), targets, temperature)
 
     where = row.trained.nonzero()[:, 0]
     h, targets = hidden[row.previous[where]], row.input_ids[where]
@@ -230,9 +311,9 @@ def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024)
     ]
     out = torch.zeros(len(row.input_ids), device=hidden.device)
     if not parts:
-        # `+ 0 · hidden` keeps a row without trained tokens attached to the graph: under FSDP every
+        # `+ 0 · head(h)` keeps a row without trained tokens attached to the graph: under FSDP every
         # process must run the same backward, also the one whose share of the batch is empty.
-        return out + 0.0 * hidden.float().sum()
+        return out + 0.0 * head(hidden[:1]).float().sum()
     return out.index_copy(0, where, torch.cat(parts))
 
 

@@ -11,11 +11,14 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
+from rewards import appended_text
 from runtime.config import Config
 from runtime.models import first_line, skip_unreachable_hub
 from tasks import arithmetic
@@ -42,6 +45,7 @@ PAPER_SETS = {  # 30, 83, 500, 272 and 675 questions
     "paper/minerva": "ba6147602d8b2f9071ecf578e29aa1100c634bdfa982d4c6745c2bd3077554ba",
     "paper/olympiad_bench": "c1e099f7b5830fb843fa52d48d0af8a296a94745cb5981b4ce539dd18af6f8ee",
 }
+DATE = datetime(2025, 1, 1)  # today, for chat templates that ask
 MINIATURE_ROWS = {"train": 2048, "test": 512}
 
 
@@ -208,7 +212,7 @@ def chat_options(pairs: tuple[str, ...]) -> dict:
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
-            options[name] = value
+            options[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return options
 
 
@@ -221,20 +225,11 @@ def make_questions(rows: list[tuple], tokenizer, c: Config) -> tuple[list[Questi
     if "{question}" not in c.prompt_template:
         problem = f"--prompt-template {c.prompt_template!r} has no {{question}} in it"
         raise ValueError(f"{problem}: all prompts would be the same")
-    questions, dropped, options = [], 0, chat_options(c.chat_template_args)
-    options |= {"add_generation_prompt": True, "tokenize": False}
-    system = [{"role": "system", "content": c.system_prompt}] * bool(c.system_prompt)
-    for text, truth in rows:
-        # Not str.format: questions and templates are full of braces of their own.
-        user = {"role": "user", "content": c.prompt_template.replace("{question}", text)}
-        try:
-            rendered = tokenizer.apply_chat_template([*system, user], **options)
-        except Exception as e:  # jinja's own, or none at all
-            problem = f"the chat template of {tokenizer.name_or_path} does not work"
-            raise ValueError(f"{problem} ({first_line(e)}): repair or add it") from None
-        if rendered.rstrip().endswith("</think>"):
-            fix = "switch it on (Qwen3: --chat-template-args enable_thinking=true)"
-            raise ValueError(f"the chat template closes the thinking before it begins: {fix}")
+    questions, dropped = [], 0
+    for number, (text, truth) in enumerate(rows):
+        rendered = render(text, tokenizer, c)
+        if number == 0:
+            check_rendered(rendered, render(text + " again", tokenizer, c), tokenizer)
         prompt = tuple(tokenizer.encode(rendered, add_special_tokens=False))
         if len(prompt) <= c.max_prompt_tokens:
             questions.append(Question(len(questions), text, truth, prompt))
@@ -244,6 +239,45 @@ def make_questions(rows: list[tuple], tokenizer, c: Config) -> tuple[list[Questi
         limit = f"max_prompt_tokens = {c.max_prompt_tokens}"
         raise ValueError(f"all {dropped} prompts are longer than {limit}: raise it")
     return questions, dropped
+
+
+def render(question: str, tokenizer, c: Config) -> str:
+    """The prompt as text: system and user message in the model's chat template."""
+    # Not str.format: questions and templates are full of braces of their own.
+    user = {"role": "user", "content": c.prompt_template.replace("{question}", question)}
+    system = [{"role": "system", "content": c.system_prompt}] * bool(c.system_prompt)
+    options = {"add_generation_prompt": True, "tokenize": False}
+    # Templates may print the date, and a run that is resumed tomorrow must have the same prompts.
+    options |= {"strftime_now": DATE.strftime} | chat_options(c.chat_template_args)
+    try:
+        return tokenizer.apply_chat_template([*system, user], **options)
+    except Exception as e:  # jinja's own, or none at all
+        problem = f"the chat template of {tokenizer.name_or_path} does not work"
+        raise ValueError(f"{problem} ({first_line(e)}): repair or add it") from None
+
+
+def check_rendered(prompt: str, another: str, tokenizer):
+    """ValueError where the model would not see the question, could not think, or text is lost."""
+    template = f"the chat template of {tokenizer.name_or_path}"
+    if prompt == another:
+        raise ValueError(f"{template} leaves the question out: {prompt[:60]!r}: repair it")
+    if prompt.rstrip().endswith("</think>"):
+        fix = "switch it on (Qwen3: --chat-template-args enable_thinking=true)"
+        raise ValueError(f"the chat template closes the thinking before it begins: {fix}")
+    text = normalize("NFC", prompt + appended_text(""))  # some tokenizers store that form
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.unk_token_id in ids:  # characters that a small vocabulary lacks
+        text = appended_text("")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if normalize("NFC", back).strip() != text.strip():
+        at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), len(back))
+        kind, lost = (
+            type(tokenizer).__name__,
+            f"{text[at : at + 20]!r} became {back[at : at + 20]!r}",
+        )
+        fix = "its tokenizer_config.json probably names the wrong tokenizer_class"
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} ({kind}): {lost}: {fix}")
 
 
 def load_questions(source: str, tokenizer, c: Config, split: str, limit: int = 0):

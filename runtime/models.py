@@ -1,7 +1,7 @@
-"""Checks of a model's config and tokenizer, in seconds; and its weights, which load_model reads."""
+"""What a model's directory says, read once and checked in seconds; and its weights."""
 
 import hashlib
-import os
+import re
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,41 +10,90 @@ from urllib.request import getproxies
 import torch
 import transformers
 from huggingface_hub import constants
-from safetensors import SafetensorError
 
+from packing import Tree, pack
+from rollout import Request
 from tasks import arithmetic
 
-TRIED = ("qwen2", "qwen3", "llama")  # model families whose trees are tested
+# How far the log-probs of trainer and sampler may be apart: measured are 1e-5 in float32 on CPUs,
+# and 0.1 in bfloat16 on a GPU, where their kernels differ.
+LARGEST_GAP = {"cpu": 1e-2, "cuda": 1.0}
 
 
 def open_tokenizer(model: str, train: bool = True):
-    """(tokenizer, end-of-text ids of the generation config, context in tokens).
+    """(tokenizer, end-of-text ids, context in tokens).
 
-    ValueError when the model cannot be read, or `check_model` refuses it.
+    ValueError where the model cannot be read or is no decoder-only language model; with `train`,
+    also where its weights are quantised.
     """
     if model == "miniature":
         return arithmetic.make_tokenizer(), [], arithmetic.MODEL["max_position_embeddings"]
-    if not Path(model).is_dir():
-        skip_unreachable_hub()
+    check_place(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         config = read_config(model)
     except Exception as e:  # the parsers of tokenizer.json raise plain Exception
         problem = f"no model directory or hub name that can be read ({first_line(e)})"
         raise ValueError(f"--model {model}: {problem}") from e
-    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-        raise ValueError(f"--model {model} has no *.safetensors file: save it by save_pretrained")
-    check_model(model, config, len(tokenizer), train)
     try:
-        generation = transformers.GenerationConfig.from_pretrained(model, trust_remote_code=False)
-        eos = generation.eos_token_id or []
-    except OSError:  # a model need not ship one
-        eos = []
-    return tokenizer, [eos] if isinstance(eos, int) else eos, config.max_position_embeddings
+        empty = without_weights(config)
+        _ = empty.get_decoder().layers
+    except Exception as e:  # whatever the code of a family raises
+        kind = f"is a {config.model_type}: use a decoder-only language model"
+        raise ValueError(f"--model {model} {kind} ({first_line(e)})") from e
+    if len(tokenizer) > (rows := empty.get_input_embeddings().weight.shape[0]):
+        problem = f"its tokenizer has {len(tokenizer)} tokens, its weights only {rows}"
+        raise ValueError(f"--model {model}: {problem}: one of them is of another model")
+    if train and (quantisation := getattr(config, "quantization_config", None)):
+        method = dict(quantisation).get("quant_method", "unknown")
+        fix = "train the model that it was made from, in full precision"
+        raise ValueError(f"--model {model} has quantised weights ({method}): {fix}")
+    return tokenizer, end_of_text(model, config, tokenizer), config.max_position_embeddings
+
+
+def check_place(model: str):
+    """ValueError where a path holds no model, naming the one that was probably meant."""
+    path, problem = Path(model), ""
+    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model)  # of the hub: name or owner/name
+    if not path.is_dir():
+        if is_name and (path.parent == Path() or not path.parent.is_dir()):
+            return skip_unreachable_hub()
+        beside = ", ".join(sorted(p.name for p in path.parent.glob("*/"))[:8])
+        problem = "does not exist" + f" ({path.parent} has {beside})" * bool(beside)
+    elif (path / "model" / "config.json").exists():
+        problem = f"is the directory of a run: its model is {path / 'model'}"
+    elif (path / "run.json").exists():
+        problem = "is a checkpoint: go on from it with --resume; its run saves the model at its end"
+    elif (path / "adapter_config.json").exists():
+        problem = "is an adapter (LoRA): merge it into its base model first, by merge_and_unload()"
+    elif not (path / "config.json").exists():
+        problem = "has no config.json: save it by save_pretrained"
+    elif not any(path.glob("*.safetensors")):
+        problem = "has no *.safetensors file: save it by save_pretrained"
+    if problem:
+        raise ValueError(f"--model {model} {problem}")
 
 
 def read_config(model: str):
-    return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    """The config with what training needs in it: our attention instead of its own, no dropout."""
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    config._attn_implementation = "sdpa"
+    for name, value in vars(config).items():
+        if name.endswith(("dropout", "pdrop", "dropout_prob", "layerdrop")) and value:
+            setattr(config, name, 0.0)  # the log-probs of two forwards must agree
+    return config
+
+
+def end_of_text(model: str, config, tokenizer) -> list[int]:
+    """The ids that end a text: the generation config's, else the config's; numbers or texts."""
+    try:
+        settings = transformers.GenerationConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError):  # a model need not ship one, or has one that is damaged
+        settings = config
+    ids = getattr(settings, "eos_token_id", None)
+    ids = config.eos_token_id if ids is None else ids
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return [tokenizer.convert_tokens_to_ids(i) if isinstance(i, str) else i for i in ids]
 
 
 def without_weights(config):
@@ -53,50 +102,66 @@ def without_weights(config):
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def check_model(model: str, config, vocabulary: int, train: bool):
-    """ValueError where a model of this config and tokenizer size cannot be used.
-
-    `train`: also refuse layers that do not see the whole context: the tree mask is for all layers.
-    """
-    kind = config.model_type
-    try:
-        empty = without_weights(config)
-        _ = empty.get_decoder().layers
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"--model {model} is a {kind}: use a decoder-only language model") from e
-    if vocabulary > (rows := empty.get_input_embeddings().weight.shape[0]):
-        problem = f"its tokenizer has {vocabulary} tokens, its weights only {rows}"
-        raise ValueError(f"--model {model}: {problem}: one of them is of another model")
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    layers = set(getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window))
-    if train and layers - {"full_attention"}:
-        raise ValueError(
-            f"--model {model} has layers of {', '.join(sorted(layers))}; trees need full "
-            "attention: in config.json set sliding_window null, all layer_types full_attention"
-        )
-    if train and kind not in TRIED and int(os.environ.get("RANK", 0)) == 0:
-        check = "Check that sampler_gap in the first line of metrics.jsonl is small"
-        print(f"WARNING --model {model} is a {kind}; tried here: {', '.join(TRIED)}. {check}")
-
-
 def load_model(path: str, dtype: torch.dtype, attention: str):
     """The model with its weights, on the CPU. `attention`: transformers' attn_implementation.
 
-    ValueError where weights are damaged, missing or of another shape than the config says.
+    ValueError where weights are damaged, missing, not finite, or of another shape than the config
+    says.
     """
     # Safetensors alone: a pickle can hold code, and model_digest does not cover it.
     settings = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=False, **settings
+            path, config=read_config(path), trust_remote_code=False, **settings
         )
         wrong = [*sorted(info["missing_keys"]), *(name for name, *_ in info["mismatched_keys"])]
         if wrong:  # transformers only warns, and fills them with random numbers
             raise ValueError(f"{len(wrong)} weights missing or of another shape ({wrong[0]}, ...)")
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as e:
+        wrong = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights with nan or infinity ({wrong[0]}, ...)")
+    except Exception as e:  # whatever damaged files, or packages that they need, lead to
         raise ValueError(f"{path} does not load ({first_line(e)}): check it or get it again") from e
+    repair_generation_config(model)
     return model
+
+
+def repair_generation_config(model):
+    """Keep the token ids alone of a generation config that transformers would refuse to save."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        ids = {k: v for k, v in model.generation_config.to_dict().items() if k.endswith("token_id")}
+        model.generation_config = transformers.GenerationConfig(**ids)
+
+
+@torch.no_grad()
+def check_numbers(engine, model, longest: int, device: torch.device):
+    """ValueError where the trainer's log-probs are not the sampler's.
+
+    Four tokens are sampled at the first positions of a run and four at its last, and go as trees of
+    one row through what training uses; `packing.check_model` also compares with the plain sequence.
+    `model` None: only whether the sampler's are numbers.
+    """
+    trees = {}
+    for length in (4, longest - 4):
+        prompt = tuple(1 + i % 29 for i in range(length))
+        engine.add(Request(f"check-{length}", prompt, 4, stop=(), seed=length, temperature=1.0))
+        trees[f"check-{length}"] = Tree(list(prompt), [], [])
+    while engine.has_work():
+        for out in engine.step():
+            trees[out.id].thinking += out.tokens
+            trees[out.id].sampler_logp += out.logp
+    row = pack([*trees.values()], multiple=128).to(device)
+    sampled = row.sampler_logp[row.trained]
+    logp = sampled if model is None else model.token_logprobs(row)[row.trained]
+    gap = float((logp - sampled).abs().max())
+    if not gap < LARGEST_GAP[device.type]:  # nan is refused as well
+        raise ValueError(
+            f"the log-probs of trainer and sampler differ by {gap:.2g} for sequences of up to "
+            f"{longest} tokens: this kind of model (its rotary scaling, for one) cannot be trained"
+        )
 
 
 def model_digest(model: str) -> str:

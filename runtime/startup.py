@@ -15,6 +15,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from packing import check_attention
 from rewards import answer_paragraph
 from rollout import Markers, make_grader
 from runtime import checkpoint, distributed, rundir
@@ -22,7 +23,7 @@ from runtime.config import Config, Evaluation, batch_arithmetic, check
 from runtime.data import load_questions, make_questions, set_names
 from runtime.engines import make_engine, require_engine
 from runtime.metrics import Logger, require_logger
-from runtime.models import model_digest, open_tokenizer
+from runtime.models import check_numbers, model_digest, open_tokenizer, read_config
 from tasks import arithmetic
 from tasks.reward_function import RewardFunction, require_reward, reward_source
 from tasks.verifier import Verifier
@@ -77,13 +78,15 @@ def open_model(
     """
     tokenizer, eos, context = open_tokenizer(model, train)
     markers = Markers.from_tokenizer(tokenizer, c.max_summary_tokens, eos)
-    summary = markers.appended_tokens + c.max_summary_tokens
+    summary = len(markers.after_cut) + c.max_summary_tokens
     longest = c.max_prompt_tokens + longest_thinking + summary
     if longest > context:
         raise ValueError(
             f"{model} has a context of {context}, but --max-prompt-tokens {c.max_prompt_tokens} + "
             f"largest budget {longest_thinking} + summary {summary} = {longest} tokens: lower them"
         )
+    if train and model != "miniature":
+        check_attention(read_config(model), longest)
     sets, reports = {}, []
     if ask:
         sets["ask"], _ = make_questions([(ask, "")], tokenizer, c)
@@ -146,7 +149,7 @@ def prepare(c: Config) -> Run:
 class SummaryVerifier(Verifier):
     """The math verifier, on the part of a summary that counts: its first paragraph."""
 
-    def submit(self, summary: str, ground_truth, question: str = "") -> Future:
+    def submit(self, summary: str, ground_truth, question: str = "", **context) -> Future:
         return super().submit(answer_paragraph(summary), ground_truth)
 
 
@@ -199,6 +202,7 @@ def load(c: Config, run: Run):
     engine = make_engine(c.engine, path, device, run.longest, c.tensor_parallel_size, c.kv_cache_gb)
     torch.manual_seed(c.seed)  # after the engine, whose start reseeds; nothing below draws
     model = distributed.load_policy(path, device)
+    check_numbers(engine, model, run.longest, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay
     )

@@ -5,9 +5,20 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
-from packing import Branch, Tree, balance, dense_mask, is_visible, pack, pack_share, token_logprobs
+from packing import (
+    Branch,
+    Tree,
+    balance,
+    check_attention,
+    dense_mask,
+    is_visible,
+    pack,
+    pack_share,
+    token_logprobs,
+)
 from tests.conftest import ROOT
 
 
@@ -285,8 +296,72 @@ def test_bad_trees_and_models_are_refused(model, tiny_model_path):
     with pytest.raises(ValueError, match="outside its thinking trace"):
         pack([Tree([1], [2, 3], [Branch(3, [4], [5])])])
     eager = AutoModelForCausalLM.from_pretrained(tiny_model_path, attn_implementation="eager")
-    with pytest.raises(ValueError, match="cannot take a tree mask"):
+    with pytest.raises(ValueError, match="'eager' where sdpa_by_tree"):
         token_logprobs(eager, pack([Tree([1], [2], [])]))
+
+
+SMALL = dict(
+    vocab_size=49, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, intermediate_size=96, max_position_embeddings=256,
+    initializer_range=0.3, pad_token_id=0,
+)  # fmt: skip
+REFUSED = {
+    "Qwen2": ({"attention_dropout": 0.1}, "packed row are .* off .*: dropout"),
+    "Cohere": ({"logit_scale": 0.06}, "this cohere in a packed row are .* changed logits"),
+    "Gemma2": ({"layer_types": ["full_attention"] * 2, "head_dim": 16}, "this gemma2 .* off those"),
+    "Qwen3Next": ({}, "layers of linear_attention"),
+    "Lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers of conv"),
+    "Mistral": ({"sliding_window": 12}, "sliding_attention .window 12., which do not attend"),
+    "Phi3": ({"sliding_window": 12}, "window 12"),
+    "Gemma3Text": ({"sliding_window": 12, "head_dim": 16}, "window 12"),
+    "FalconH1": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, "layers of hybrid"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_model_that_a_row_would_compute_wrongly_is_refused(family):
+    """Copied alone, this file has nothing but itself to notice it by."""
+    changes, complaint = REFUSED[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL | changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    row = pack([random_tree(random.Random(0), cuts=[4, 8], thinking=12) for _ in range(2)])
+    with pytest.raises(ValueError, match=complaint):
+        token_logprobs(model, row)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_that_is_longer_than_every_sequence_is_no_window():
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**SMALL, sliding_window=24)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    fits = [random_tree(random.Random(seed), cuts=[4], thinking=5) for seed in range(3)]
+    row = pack(fits)
+    assert row.longest <= 24 < len(row.input_ids)
+    alone = by_separate_sequences(model, fits, 1.0)
+    assert (token_logprobs(model, row)[row.trained] - alone).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="window 24"):  # also after a row that was right
+        token_logprobs(model, pack([random_tree(random.Random(0), thinking=29)]))
+    check_attention(config, 24)
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_attention_tree_by_tree_equals_attention_over_the_row(model, tiny_model_path, multiple):
+    by_tree = AutoModelForCausalLM.from_pretrained(
+        tiny_model_path, dtype=torch.float32, attn_implementation="sdpa_by_tree"
+    ).eval()
+    trees = [random_tree(random.Random(seed)) for seed in range(5)]
+    row, gradients, logps = pack(trees, multiple), [], []
+    assert [end - start for start, end in row.trees][:5] == [len(tree) for tree in trees]
+    for one in (model, by_tree):
+        one.zero_grad()
+        logps.append(token_logprobs(one, row, 0.8))
+        (logps[-1] * row.advantages).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
+    assert (logps[0] - logps[1]).abs().max() < 1e-5
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
+    ids = torch.tensor([[1, 2, 3]])  # an ordinary sequence, without a tree mask
+    assert torch.allclose(by_tree(ids).logits, model(ids).logits, atol=1e-5)
 
 
 def test_a_row_without_trained_tokens_still_has_a_backward(model):

@@ -7,14 +7,13 @@ import time
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import evaluate
 import train
 from runtime.config import Config, parse
 from runtime.data import load_rows, make_questions
-from runtime.models import check_model, load_model, model_digest, open_tokenizer, read_config
+from runtime.models import load_model, model_digest, open_tokenizer
 from runtime.startup import open_model
 from tests.conftest import ROOT
 
@@ -25,38 +24,6 @@ def test_open_tokenizer_reads_what_a_run_needs(tiny_model_path):
     assert open_tokenizer("miniature")[1:] == ([], 256)
     with pytest.raises(ValueError, match="context of 256"):
         open_model(str(tiny_model_path), Config(), longest_thinking=250)
-
-
-WINDOW = {"sliding_window": 8}
-WINDOWS = {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}
-
-
-@pytest.mark.parametrize(
-    "name, changes, refused",
-    [
-        ("Qwen2", {}, False), ("Qwen2", WINDOWS, True),
-        ("Qwen2", {"use_sliding_window": False, **WINDOW}, False),
-        ("Qwen3", {}, False), ("Llama", {}, False), ("Gemma3Text", {}, True),
-        ("Mistral", WINDOW, True), ("Mistral", {"sliding_window": None}, False),
-    ],
-)  # fmt: skip
-def test_layers_that_do_not_see_the_whole_context_are_refused_for_training(
-    tmp_path, name, changes, refused, capsys
-):
-    getattr(transformers, f"{name}Config")(num_hidden_layers=8, **changes).save_pretrained(tmp_path)
-    config = read_config(str(tmp_path))
-    check_model("dir", config, 100, train=False)
-    assert capsys.readouterr().out == ""
-    if refused:
-        with pytest.raises(
-            ValueError, match="--model dir has layers of .*; trees need full attent"
-        ):
-            check_model("dir", config, 100, train=True)
-    else:
-        check_model("dir", config, 100, train=True)
-        assert ("WARNING --model dir is a mistral" in capsys.readouterr().out) == (
-            name == "Mistral"
-        )
 
 
 def change_config(model, **settings):

@@ -6,7 +6,8 @@ import random
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rollout import ANSWER_HEADER, CUT_TEXT, Markers
+from rewards import ANSWER_HEADER, CUT_TEXT
+from rollout import Markers
 from runtime.config import Config
 from runtime.data import load_rows, make_questions
 from tests.conftest import SHARED
@@ -86,22 +87,22 @@ def test_parts_tokenise_as_one_stream_but_for_known_joints(tokenizer):
     """What the engine sees is joined from parts. After </think> nothing can merge, so header and
     closed traces are exactly the stream's; a cut merges with the dots or line breaks before it."""
     p = markers_of(tokenizer)
-    assert encode(tokenizer, CUT_TEXT + ANSWER_HEADER) == [*p.cut_text, *p.answer_header]
+    assert [*encode(tokenizer, CUT_TEXT), *encode(tokenizer, ANSWER_HEADER)] == [*p.after_cut]
     prompt = list(questions(tokenizer)[0].prompt)
     text = tokenizer.decode(prompt)
     for thinking in ("So 2x = 8, x = 4", "we get 12\n\nNow add 3", "which is $\\frac{1}{2}"):
         parts = prompt + encode(tokenizer, thinking)
         assert parts == encode(tokenizer, text + thinking)
-        closed = [*parts, p.think_end, *p.answer_header]
+        closed = [*parts, p.think_end, *p.after_closed]
         assert closed == encode(tokenizer, f"{text}{thinking}</think>{ANSWER_HEADER}")
-        cut = [*parts, *p.cut_text, *p.answer_header]
+        cut = [*parts, *p.after_cut]
         assert cut == encode(tokenizer, text + thinking + CUT_TEXT + ANSWER_HEADER)
     # The known difference: another tokenisation of the same text, and the same from </think> on.
     for thinking in ("x = 4.", "so on..."):
         stream = encode(tokenizer, thinking + CUT_TEXT + ANSWER_HEADER)
-        parts = [*encode(tokenizer, thinking), *p.cut_text, *p.answer_header]
+        parts = [*encode(tokenizer, thinking), *p.after_cut]
         assert stream != parts and tokenizer.decode(stream) == tokenizer.decode(parts)
-        after = len(p.answer_header) + 1
+        after = len(p.after_closed) + 1
         assert stream[-after:] == parts[-after:]
 
 
