@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BASELINES = ("brpo", "progress", "group", "none")
 Numbers = Sequence[float] | Tensor
 
 
@@ -72,32 +71,13 @@ def segment_starts(budgets: Numbers) -> Tensor:
     return torch.cat([budgets.new_zeros(1), budgets[:-1]])
 
 
-def thinking_baseline(
-    rewards: Tensor,
-    returns: Tensor,
-    budgets: Numbers,
-    probs: Numbers,
-    baseline: str = "brpo",
-    decay: float = 0.5,
-) -> Tensor:
-    """The baseline by name, as in the paper's ablations. -> [B, G, M].
-
-    brpo  V        progress  V1        group  V2        none  0
-    """
-    if baseline in ("brpo", "group") and returns.shape[1] < 2:
-        raise ValueError(
-            f"baseline {baseline!r} compares rollouts of one question and needs "
-            f"G >= 2, got G = {returns.shape[1]}: raise num_rollouts, or use progress"
-        )
-    if baseline == "brpo":
-        return brpo_baseline(rewards, returns, budgets, probs, decay)
-    if baseline == "progress":
-        return progress_baseline(rewards, probs, decay)
-    if baseline == "group":
-        return group_baseline(returns)
-    if baseline == "none":
-        return torch.zeros_like(returns)
-    raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(BASELINES)}")
+# Name -> V of all that is known: [B, G, M] and [M]s -> [B, G, M]. A new one needs a line here.
+BASELINES = {
+    "brpo": brpo_baseline,
+    "progress": lambda rewards, returns, b, probs, decay: progress_baseline(rewards, probs, decay),
+    "group": lambda rewards, returns, b, probs, decay: group_baseline(returns),
+    "none": lambda rewards, returns, b, probs, decay: torch.zeros_like(returns),
+}
 
 
 def thinking_advantages(
@@ -108,31 +88,42 @@ def thinking_advantages(
     baseline: str = "brpo",
     decay: float = 0.5,
 ) -> Tensor:
-    """The advantage of every thinking token in segment j.
+    """The advantage of every thinking token in segment j, over a baseline by its name.
 
         A_j = R_j - V_j
 
     Divided neither by the group's standard deviation nor by the sequence's length: both bias the
     gradient (Dr. GRPO). [B, G, M] -> [B, G, M].
     """
-    return returns - thinking_baseline(rewards, returns, budgets, probs, baseline, decay)
+    if baseline not in BASELINES:
+        raise ValueError(f"unknown baseline {baseline!r}: use one of {', '.join(BASELINES)}")
+    if baseline in ("brpo", "group") and returns.shape[1] < 2:
+        raise ValueError(
+            f"baseline {baseline!r} compares rollouts of one question and needs "
+            f"G >= 2, got G = {returns.shape[1]}: raise num_rollouts, or use progress"
+        )
+    return returns - BASELINES[baseline](rewards, returns, budgets, probs, decay)
 
 
-def token_advantages(advantages: Tensor, budgets: Numbers, num_tokens: int) -> Tensor:
+def token_advantages(
+    advantages: Tensor, budgets: Numbers, num_tokens: int, pad: bool = False
+) -> Tensor:
     """The advantages written out token by token.
 
-        A_t = A_j    for    b_{j-1} < t ≤ b_j        t = 1..num_tokens, num_tokens ≤ b_M
+        A_t = A_j    for    b_{j-1} < t ≤ b_j        t = 1..num_tokens
 
-    Column t-1 belongs to the t-th thinking token; beyond a trace's own end, mask it. The leading
-    dimensions are free, so a flat batch [B·G, M] works as well. [..., M] -> [..., num_tokens].
+    Column t-1 belongs to the t-th thinking token; beyond a trace's own end, mask it. Tokens beyond
+    b_M belong to no segment: ValueError, or 0 with `pad`, where rows are wider than any trace. The
+    leading dimensions are free: a flat batch [B·G, M] works as well. [..., M] -> [..., num_tokens].
     """
-    if num_tokens > budgets[-1]:
+    if num_tokens > budgets[-1] and not pad:
         raise ValueError(
             f"{num_tokens} thinking tokens, but the largest budget is {budgets[-1]}: "
-            "tokens beyond it belong to no segment"
+            "tokens beyond it belong to no segment; pad=True gives them advantage 0"
         )
     positions = torch.arange(1, num_tokens + 1)
-    segment = torch.bucketize(positions, torch.as_tensor(budgets).cpu())  # j - 1 of every token
+    segment = torch.bucketize(positions, torch.as_tensor(budgets).cpu())  # j - 1; M beyond b_M
+    advantages = torch.nn.functional.pad(advantages, (0, 1))  # [..., M + 1], a 0 for beyond
     return advantages[..., segment.to(advantages.device)]
 
 
@@ -249,7 +240,6 @@ def variance_diagnostics(
     if thinking_lengths is not None:
         starts = segment_starts(budgets).to(returns.device)
         chosen = thinking_lengths.to(returns.device)[..., None] > starts  # [B, G, M]
-    # Not by name through thinking_baseline: a diagnostic need not refuse G = 1.
     baselines = {
         "progress": progress_baseline(rewards, probs, decay),
         "group": group_baseline(returns),
@@ -257,10 +247,8 @@ def variance_diagnostics(
     }
     out = {}
     for name, value in baselines.items():
-        columns = []
-        for j in range(returns.shape[-1]):
-            at_j = chosen[..., j]
-            columns.append((returns[..., j][at_j].double(), value[..., j][at_j].double()))
+        of_segment = zip(*(x.double().unbind(-1) for x in (returns, value)), chosen.unbind(-1))
+        columns = [(r[at_j], v[at_j]) for r, v, at_j in of_segment]
         out[f"residual/{name}"] = torch.stack([_variance(r - v) / _variance(r) for r, v in columns])
         out[f"correlation/{name}"] = torch.stack([_correlation(r, v) for r, v in columns])
     return out

@@ -21,6 +21,7 @@ from runtime import distributed
 from runtime.config import Config, parse_evaluation
 from runtime.curves import curve_of, fingerprint, read_records, record, write_records
 from runtime.engines import make_engine
+from runtime.models import check_numbers
 from runtime.plots import labels_of, write_results
 from runtime.rundir import digest
 from runtime.startup import Opened, make_verifier, prepare_evaluation
@@ -119,6 +120,7 @@ def main(args: list[str] | None = None):
             device = distributed.start()
             with distributed.exit_on_bad_input():  # damaged weights are found only now
                 engine = make_engine(c.engine, model, device, o.longest, kv_cache_gb=c.kv_cache_gb)
+                check_numbers(engine, None, o.longest, device)
             o.grade = make_grader(verifier, o.tokenizer, o.markers)
             if a.ask:
                 if distributed.rank() == 0:

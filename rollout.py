@@ -3,8 +3,7 @@
     sample z_1..z_G ~ π(·|x), at most b_M tokens each
     whenever z crosses a budget b_j, or ends before it:
         cut          z_≤b_j, of min(b_j, |z|) tokens
-        append       "...\\n\\n...\\n\\n</think>" unless z closed itself,
-                     then "\\n\\n**Final Answer**\\n"
+        append       the text that asks for a summary, see rewards.appended_text
         sample       y_{j,1}..y_{j,A} ~ π(·|x, z_≤b_j, appended), and grade each when it is complete
 
 `sample_rollouts` is this algorithm on any engine that takes a `Request` and returns `Output`s
@@ -21,11 +20,7 @@ import numpy as np
 import torch
 
 from budgets import cut_lengths
-from rewards import has_one_think_end
-
-THINK_END = "</think>"
-CUT_TEXT = f"...\n\n...\n\n{THINK_END}"  # closes a trace that did not close itself
-ANSWER_HEADER = "\n\n**Final Answer**\n"  # asks for the summary
+from rewards import THINK_END, appended_text, has_one_think_end
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,8 @@ class Markers:
 
     think_end: int
     eos: tuple[int, ...]
-    cut_text: tuple[int, ...]
-    answer_header: tuple[int, ...]
+    after_cut: tuple[int, ...]  # appended where a trace is cut or never closed itself
+    after_closed: tuple[int, ...]  # appended to a trace that ends with its own </think>
     max_summary_tokens: int  # generated ones; the appended text comes on top
 
     @classmethod
@@ -88,15 +83,10 @@ class Markers:
         return cls(
             think_end[0],
             tuple(sorted({tokenizer.eos_token_id, *eos})),
-            encode(CUT_TEXT),
-            encode(ANSWER_HEADER),
+            encode(appended_text("")),
+            encode(appended_text(THINK_END)),
             max_summary_tokens,
         )
-
-    @property
-    def appended_tokens(self) -> int:
-        """Tokens of the appended text at most: a trace that closed itself gets no cut text."""
-        return len(self.cut_text) + len(self.answer_header)
 
 
 @dataclass
@@ -239,9 +229,8 @@ def due_summaries(
         if not r.finish and len(r.thinking) < budgets[j]:
             break
         cut = cut_lengths(len(r.thinking), budgets)[j]
-        appended = (*markers.cut_text, *markers.answer_header)
-        if r.finish == "closed" and cut == len(r.thinking):  # the trace's own </think> is there
-            appended = markers.answer_header
+        closed = r.finish == "closed" and cut == len(r.thinking)  # its own </think> is there
+        appended = markers.after_closed if closed else markers.after_cut
         due += [Summary(j, draw, cut, list(appended)) for draw in range(num_summaries)]
     return due
 
@@ -249,7 +238,8 @@ def due_summaries(
 def make_grader(grader, tokenizer, markers: Markers) -> Callable[[Rollout, Summary], Any]:
     """grade(rollout, summary) -> a future of its score, or None where the format rule says 0.
 
-    `grader`: anything with submit(summary, ground_truth, question) -> Future of a score in [0, 1].
+    `grader`: anything with submit(summary, ground_truth, question, thinking=, thinking_tokens=) ->
+    Future of a score in [0, 1].
     """
 
     def decode(ids) -> str:
@@ -262,9 +252,10 @@ def make_grader(grader, tokenizer, markers: Markers) -> Callable[[Rollout, Summa
     def grade(rollout: Rollout, summary: Summary):
         thinking = decode_thinking(tuple(rollout.thinking[: summary.cut]))
         appended, answer = decode(summary.appended), decode(summary.tokens)
-        if not has_one_think_end(thinking, appended, answer, THINK_END):
+        if not has_one_think_end(thinking, appended, answer):
             return None
-        return grader.submit(answer, rollout.question.ground_truth, rollout.question.text)
+        question, context = rollout.question, {"thinking": thinking, "thinking_tokens": summary.cut}
+        return grader.submit(answer, question.ground_truth, question.text, **context)
 
     return grade
 

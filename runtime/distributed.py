@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from types import MethodType
 
@@ -221,7 +222,8 @@ def load_policy(model_path: str, device: torch.device):
     registered with FSDP: calling a part of a sharded model directly would find it still sharded.
     """
     gpu = device.type == "cuda"
-    model = load_model(model_path, torch.float32, "flex_attention" if gpu else "sdpa").to(device)
+    attention = "flex_attention" if gpu else "sdpa_by_tree"
+    model = load_model(model_path, torch.float32, attention).to(device)
     model.dtype_on_disk = read_config(model_path).dtype or torch.float32
     return make_trainable(model, gpu)
 
@@ -239,9 +241,9 @@ def make_trainable(model, gpu: bool, mesh=None):
         precision = fsdp.MixedPrecisionPolicy(**(half if gpu else {}))
         for layer in model.get_decoder().layers:
             fsdp.fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fsdp.fully_shard(model, mesh=mesh, mp_policy=precision)
-        # A process whose rows hold no trained token does not use an untied head; the others do.
-        model.set_reduce_scatter_unused_params(True)
+        # Casting the inputs would copy the Row, without the masks that it has built and keeps.
+        whole = replace(precision, cast_forward_inputs=False)
+        fsdp.fully_shard(model, mesh=mesh, mp_policy=whole)
         fsdp.register_fsdp_forward_method(model, "token_logprobs")
     return model
 

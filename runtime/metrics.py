@@ -20,11 +20,12 @@ from runtime import distributed, rundir
 from runtime.checkpoint import last_good
 from runtime.plots import curve_lines, draw_curves
 from runtime.watch import example_lines, readable
-from tasks.verifier import LOUD_FAILURE_SHARE, failure_share
+from tasks.verifier import FAILURES
 
 MAX_SKIPPED = 5  # updates in a row with a nan or an infinity: then the run stops
 # A step beyond one of these gets a warning: its updates may have destroyed the policy.
 LOUD = {"kl": 0.5, "clip_share": 0.5}
+LOUD_FAILURE_SHARE = 0.02  # of the gradings that score 0 for another reason than a wrong answer
 LOUD_GRAD_NORM = 1e3  # × max_grad_norm, before clipping
 FINISHES = ("closed", "eos", "length")  # of a trace, see rollout.Rollout
 SAMPLES_PER_STEP = 2  # rollouts that samples.jsonl keeps as text, of one question each
@@ -152,7 +153,8 @@ def warnings(c, m: dict, step: Step) -> list[str]:
     if not any(m["reward"]):
         found.append("no summary was right: nothing to learn from, or the policy has collapsed")
     grades = {k.removeprefix("verifier/"): v for k, v in m.items() if k.startswith("verifier/")}
-    if (share := failure_share(grades)) > LOUD_FAILURE_SHARE:
+    share = sum(grades[name] for name in FAILURES) / max(grades["graded"], 1)
+    if share > LOUD_FAILURE_SHARE:
         found.append(f"{share:.1%} of the gradings failed, which biases rewards: {grades}")
     return found
 

@@ -257,12 +257,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=parts, choices=[*parts, "peak"])
+    parser.add_argument("parts", nargs="*", default="all", choices=["all", *parts, "peak"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs=3, help=argparse.SUPPRESS)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    for part in a.parts:
+    for part in parts if "all" in a.parts else a.parts:
         if part == "peak":
             print(peak_memory(*a.sizes))
         else:

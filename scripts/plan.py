@@ -81,6 +81,7 @@ def training_peak(config, gpus: int, tokens: int) -> dict[str, int]:
             parameters = sum(p.numel() for p in model.parameters())
             distributed.make_trainable(model, gpu=True, mesh=mesh)
             model.forward = model.token_logprobs  # the tracker wants the root called
+            model.takes_rows = True  # checked by values, which fake tensors do not have
             optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # as on a GPU
             for p in model.parameters():
                 p.grad = torch.empty_like(p)
@@ -126,7 +127,9 @@ def fake_row(tokens: int) -> packing.Row:
             return torch.empty(tokens, 1, dtype=torch.int64)
 
     row = {name: torch.empty(tokens, dtype=torch.int64) for name in packing.Row.__annotations__}
-    return packing.Row(**row | {"trained": Trained(), "old_logp": None})
+    row = packing.Row(**row | {"trained": Trained(), "old_logp": None})
+    row.longest = tokens
+    return row
 
 
 class Attention(torch.autograd.Function):

@@ -18,7 +18,7 @@ from packing import Tree, pack
 from runtime import distributed
 from runtime.config import PRESETS, Config
 from scripts import plan
-from scripts.bench_gpu import REAL
+from scripts.gpu_report import REAL
 from tests.conftest import run_script
 
 SHAPE = {

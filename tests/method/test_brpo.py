@@ -113,6 +113,8 @@ def test_token_advantages_by_brute_force():
     )
     with pytest.raises(ValueError, match="largest budget is 6"):
         brpo.token_advantages(advantages, budgets, 7)
+    padded = brpo.token_advantages(advantages, budgets, 8, pad=True)  # rows wider than b_M
+    assert torch.equal(padded[:, :6], tokens) and not padded[:, 6:].any()
 
 
 def test_budgets_and_probs_may_be_any_sequence(rewards, returns):

@@ -14,7 +14,7 @@ from tests.conftest import TwoPhases
 from train import to_trees
 
 MARKERS = Markers(
-    think_end=90, eos=(99,), cut_text=(80, 90), answer_header=(81,), max_summary_tokens=6
+    think_end=90, eos=(99,), after_cut=(80, 90, 81), after_closed=(81,), max_summary_tokens=6
 )
 BUDGETS = (2, 4, 6)
 
@@ -156,9 +156,9 @@ def tokenizer(tiny_model_path):
 def test_markers_are_read_from_the_tokenizer(tokenizer):
     markers = Markers.from_tokenizer(tokenizer, 7, eos=[2, 1])
     assert tokenizer.decode([markers.think_end]) == "</think>"
-    appended = tokenizer.decode(markers.cut_text + markers.answer_header)
+    appended = tokenizer.decode(markers.after_cut)
     assert appended == "...\n\n...\n\n</think>\n\n**Final Answer**\n"
-    assert markers.eos == (1, 2) and markers.appended_tokens == 3
+    assert markers.eos == (1, 2) and len(markers.after_cut) == 3
 
 
 def test_a_tokenizer_without_one_token_think_end_or_end_of_text_is_refused():
@@ -177,7 +177,9 @@ def test_a_tokenizer_without_one_token_think_end_or_end_of_text_is_refused():
 def test_a_grader_gets_the_summary_where_the_text_has_exactly_one_think_end(tokenizer):
     """Without end-of-text, with the row's ground truth and question; or nobody is asked: 0."""
     markers, asked = Markers.from_tokenizer(tokenizer, 7), []
-    grader = SimpleNamespace(submit=lambda *args: asked.append(args) or "future")
+    grader = SimpleNamespace(
+        submit=lambda *args, **context: asked.append((args, context)) or "future"
+    )
     grade = rollout.make_grader(grader, tokenizer, markers)
     thinking, answer = tokenizer.encode(" =5</think>"), "\\boxed{5}<|end|>"
     r = rollout.Rollout(Question(0, "2 +3 ?", "5", (2,)), 0, thinking, finish="closed")
@@ -185,9 +187,10 @@ def test_a_grader_gets_the_summary_where_the_text_has_exactly_one_think_end(toke
     def summary(cut, appended, text):
         return rollout.Summary(0, 0, cut, list(appended), tokenizer.encode(text))
 
-    assert grade(r, summary(2, markers.answer_header, answer)) == "future"
-    assert asked == [("\\boxed{5}", "5", "2 +3 ?")]
-    assert grade(r, summary(1, markers.cut_text + markers.answer_header, answer)) == "future"
-    assert grade(r, summary(2, markers.answer_header, "</think>" + answer)) is None
-    assert grade(r, summary(1, markers.answer_header, answer)) is None  # none at all
+    assert grade(r, summary(2, markers.after_closed, answer)) == "future"
+    context = {"thinking": " =5</think>", "thinking_tokens": 2}
+    assert asked == [(("\\boxed{5}", "5", "2 +3 ?"), context)]
+    assert grade(r, summary(1, markers.after_cut, answer)) == "future"
+    assert grade(r, summary(2, markers.after_closed, "</think>" + answer)) is None
+    assert grade(r, summary(1, markers.after_closed, answer)) is None  # none at all
     assert len(asked) == 2
