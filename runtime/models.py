@@ -156,6 +156,10 @@ def check_numbers(engine, model, longest: int, device: torch.device):
     row = pack([*trees.values()], multiple=128).to(device)
     sampled = row.sampler_logp[row.trained]
     logp = sampled if model is None else model.token_logprobs(row)[row.trained]
+    if hasattr(model, "reshard"):
+        # Without a backward FSDP leaves the root's weights gathered, and an optimizer made now
+        # would hold these copies instead of the shards.
+        model.reshard()
     gap = float((logp - sampled).abs().max())
     if not gap < LARGEST_GAP[device.type]:  # nan is refused as well
         raise ValueError(

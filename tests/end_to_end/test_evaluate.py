@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import evaluate
 import train
@@ -19,6 +19,8 @@ from runtime.engines import PlainEngine
 from runtime.watch import ask
 from tasks.verifier import Verifier
 from tests.conftest import SHARED
+from tests.end_to_end.test_families import TINY
+from tests.runtime.test_tokenizers import r1_tokenizer
 
 
 class CountingEngine:
@@ -177,13 +179,21 @@ def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path,
 @pytest.mark.skipif(
     not (SHARED / "data").exists(), reason="the data sets are not beside this checkout"
 )
-def test_the_papers_sets_are_five_panels_and_five_rows(trained_model_path, tmp_path, monkeypatch):
+def test_the_papers_sets_are_five_panels_and_five_rows(tmp_path, monkeypatch):
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            **TINY | {"max_position_embeddings": 2048},
+            vocab_size=9 + len(tokenizer := r1_tokenizer()),
+        )
+    )
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
     cache = tmp_path / "anytime-reasoner"
     cache.symlink_to(SHARED / "data" / "test")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    flags = "--data paper --questions 2 --samples 1 --budgets 12 24 --max-prompt-tokens 200"
+    flags = "--data paper --questions 2 --samples 1 --budgets 12 24 --max-prompt-tokens 1500"
     flags += " --prompt-template {question} --output-dir"
-    evaluate.main([str(trained_model_path), *flags.split(), str(tmp_path / "out")])
+    evaluate.main([str(tmp_path / "model"), *flags.split(), str(tmp_path / "out")])
     assert list(eval_json(tmp_path / "out")["sets"]) == list(PAPER_SETS)
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert [line.split(" | ")[1] for line in table[2:]] == ["mean", *PAPER_SETS]
