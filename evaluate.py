@@ -62,17 +62,16 @@ def sample_records(
     opened: Opened,
     group_size: int = 1,
     folder: Path | None = None,
-    chunk: int = 0,
     label: str = "",
 ) -> dict[str, list[dict]]:
     """{set: records (curves.py), ordered by question and sample}, the same on all processes.
 
     With a `folder`, questions recorded there are not sampled again, and new ones are recorded there
-    after every `chunk` of questions (0: about TRACES_PER_CHUNK traces a process). With a `label`, a
-    progress bar, unless stderr is no terminal.
+    after about TRACES_PER_CHUNK traces a process. With a `label`, a progress bar, unless stderr is
+    no terminal.
     """
     samplers = distributed.world_size() // group_size
-    chunk = chunk or max(1, TRACES_PER_CHUNK * samplers // sampling.num_rollouts)
+    chunk = max(1, TRACES_PER_CHUNK * samplers // sampling.num_rollouts)
     summaries = sampling.num_rollouts * len(sampling.budgets) * sampling.num_summaries
     bar = tqdm(
         total=sum(map(len, sets.values())) * summaries,
@@ -132,7 +131,7 @@ def main(args: list[str] | None = None):
                 name = fingerprint(model, c.reward, *settings)
                 folder = a.output / "records" / f"{labels[model].replace('/', '-')}-{name}"
                 records[model] = sample_records(
-                    engine, o.sets, sampling, o, 1, folder, a.chunk, labels[model]
+                    engine, o.sets, sampling, o, 1, folder, labels[model]
                 )
                 curves[model] = curve_of(records[model], sampling)
             engine.close()

@@ -5,10 +5,14 @@ line. A flag given by hand wins over its experiment, an experiment over its pres
 imports torch: a mistake in the flags is answered in a second.
 """
 
+import importlib.util
+import json
 import os
+import re
 import sys
 from contextlib import redirect_stderr
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,7 +51,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Counts = Annotated[tuple[Count, ...], Field(min_length=1)]  # a flag without a value is an error
 Numbers = Annotated[tuple[PositiveOrZero, ...], Field(min_length=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
-Preset = Literal["miniature", "paper-8k", "paper-16k"]
+Preset = Literal["miniature", "small", "paper-8k", "paper-16k"]
 Engine = Literal["plain", "vllm"]
 Experiment = Literal[*EXPERIMENTS]
 
@@ -57,7 +61,7 @@ class Config:
     """AnytimeReasoner with Budget Relative Policy Optimization."""
 
     # ---- Where the defaults of all other flags come from ----
-    preset: Preset = "miniature"  # Sizes and sources: on a CPU without a download, or the paper's.
+    preset: Preset = "miniature"  # Sizes and sources; with --model, small: a first run of its own.
     # A row of the paper's comparison: num_budgets, prior, num_summaries, train_summaries, baseline.
     experiment: Experiment = "ar-uniform"
 
@@ -71,8 +75,9 @@ class Config:
     num_summaries: Count = 4  # A, summaries per budget.
     # Train the summaries of all cuts (decoupled, uniform prior), or of the last budget (GRPO).
     train_summaries: Literal["all", "last"] = "all"
-    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none.
-    baseline: Literal["brpo", "progress", "group", "none"] = "brpo"
+    # V of the thinking: brpo (the mixture), progress (V1), group (V2, GRPO's), none; or another
+    # name in brpo.BASELINES.
+    baseline: str = "brpo"
     decay: Fraction = 0.5  # λ of V1: how fast a rollout's older rewards are forgotten.
     temperature: Positive = 1.0  # Sampling temperature; log-probs are taken at the same one.
     max_summary_tokens: Count = 7  # Generated tokens of one summary, whatever was appended.
@@ -96,9 +101,11 @@ class Config:
 
     # ---- Model and data ----
     model: str = "miniature"  # Hub name or directory; "miniature" is made here first.
-    train_data: str = "miniature"  # A .json, .jsonl or .parquet file, or a named set (deepscaler).
+    # A .json, .jsonl, .csv or .parquet file: a path, an https:// address, or
+    # hf://datasets/owner/name/file; or a named set (deepscaler).
+    train_data: str = "miniature"
     eval_data: Names = ("miniature",)  # Likewise, any number of sets.
-    question_field: str = "problem"  # Column of the question in files.
+    question_field: str = "problem"  # Column of the question in files; nested ones as a.b.
     answer_field: str = "answer"  # Column of the ground truth in files.
     prompt_template: str = "{question}"  # The user message.
     system_prompt: str = ""  # The system message; "": none of ours.
@@ -117,7 +124,8 @@ class Config:
 
     # ---- Seed, files, logs ----
     seed: Seed = 0  # Decides the warm start, the order of questions and every sampled token.
-    output_dir: str = ""  # Default: runs/<preset>-<experiment>-seed<seed>.
+    # Default: runs/<preset>-<experiment>-seed<seed>, with what is not the default named in between.
+    output_dir: str = ""
     # Beside metrics.jsonl, which is always written. (Not --log: torchrun has a flag like that.)
     logger: Literal["none", "wandb", "tensorboard"] = "none"
     resume: str = ""  # A checkpoint; auto: the newest in output_dir, or a start without one.
@@ -171,30 +179,39 @@ class Config:
         return 1.0 if self.summary_loss == "sum" else 1.0 / summaries
 
 
-PAPER_8K = {
-    "max_budget": 8000,
+# What a first run with another model takes from the paper.
+SMALL = {
+    "max_budget": 2000,
     "max_summary_tokens": 118,
     "denominator_summary_tokens": 128,  # the authors set 10 aside for the appended text
     "summary_loss": "sum",
-    "num_rollouts": 8,
-    "questions_per_step": 64,
-    "updates_per_step": 2,
-    "steps": 0,
-    "epochs": 1,
     "lr": 1e-6,
     "lr_schedule": "constant",
     "betas": (0.9, 0.999),
     "weight_decay": 0.01,
-    "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
     "train_data": "deepscaler",
+    "eval_data": ("paper/math",),
+    "eval_questions": 64,
+    "prompt_template": "{question} Let's think step by step and output the final answer within "
+    "\\boxed{}.",
+    "max_prompt_tokens": 1024,
+    "engine": "vllm" if importlib.util.find_spec("vllm") else "plain",
+    "max_tokens_per_row": 16384,
+    "kv_cache_gb": 8.0,
+    "save_every": 10,
+    "eval_temperature": 0.6,
+}
+PAPER_8K = SMALL | {
+    "max_budget": 8000,
+    "questions_per_step": 64,
+    "steps": 0,
+    "epochs": 1,
+    "model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
     # While training, the two small sets: 113 questions × 32 samples are 3616 traces, each of up to
     # 8000 tokens and 32 summaries: at most 43M tokens, what 8 training steps sample.
     "eval_data": ("paper/aime", "paper/amc"),
     "eval_samples": 32,
     "eval_every": 20,
-    "prompt_template": "{question} Let's think step by step and output the final answer within "
-    "\\boxed{}.",
-    "max_prompt_tokens": 1024,
     "engine": "vllm",
     "max_tokens_per_row": 32768,
     "kv_cache_gb": 24.0,
@@ -204,14 +221,14 @@ PAPER_8K = {
     # weights and two moments each, in float32), written by 8 processes at once.
     "save_every": 10,
     "num_eval_budgets": 32,
-    "eval_temperature": 0.6,
     "eval_questions": 0,
 }
 # The longer run of the authors' repository: twice the budget, rollouts and questions. A step
 # samples up to eight times the tokens, so checkpoints are fewer steps apart.
 LONGER = {"max_budget": 16000, "num_rollouts": 16, "questions_per_step": 128, "epochs": 3}
 LONGER["save_every"] = 2
-PRESETS = {"miniature": {}, "paper-8k": PAPER_8K, "paper-16k": PAPER_8K | LONGER}
+PRESETS = {"miniature": {}, "small": SMALL, "paper-8k": PAPER_8K, "paper-16k": PAPER_8K | LONGER}
+MINIATURE_VOCABULARY = 57  # tokens of tasks/arithmetic.py, by which a saved miniature is known
 
 # What evaluate.py changes in a paper preset, for final tables: 1560 questions × 80 samples are
 # 124,800 traces; with 32 summaries each, at most 1.5G tokens at 8000 tokens of thinking, 2.5G at
@@ -221,22 +238,75 @@ FINAL_TABLES = {"eval_data": ("paper",), "eval_samples": 80}
 
 def parse(args: list[str] | None = None) -> Config:
     """The settings of a command line. A wrong flag ends with a message and exit code 2."""
-    (preset, experiment), _ = read(kind, args, add_help=False, return_unknown_args=True)
-    flags = PRESETS[preset] | EXPERIMENTS[experiment]
-    c = read(Config, args, default=Config(preset=preset, experiment=experiment, **flags))
-    directory = c.output_dir or f"runs/{c.preset}-{c.experiment}-seed{c.seed}"
-    return replace(c, output_dir=directory)
+    (preset, experiment, model), _ = read(kind, args, add_help=False, return_unknown_args=True)
+    default = defaults(preset or preset_for(model), experiment)
+    c = read(Config, args, default=default)
+    return replace(c, output_dir=c.output_dir or directory_of(c))
 
 
-def kind(preset: Preset = "miniature", experiment: Experiment = "ar-uniform"):
+def kind(
+    preset: Preset | None = None, experiment: Experiment = "ar-uniform", model: str = "miniature"
+):
     """The flags that decide the defaults of all others, and are therefore read first."""
-    return preset, experiment
+    return preset, experiment, model
+
+
+def preset_for(*models: str) -> str:
+    """The preset where none is named: no size of the miniature suits another model."""
+    return "miniature" if all(map(is_miniature, models)) else "small"
+
+
+def is_miniature(model: str) -> bool:
+    """Is it the default run's model, or one that such a run has saved?"""
+    try:
+        settings = json.loads((Path(model) / "config.json").read_text())
+        return settings["vocab_size"] == MINIATURE_VOCABULARY
+    except (OSError, ValueError, KeyError, TypeError):  # a hub name, or nothing that can be read
+        return model == "miniature"
+
+
+def defaults(preset: str, experiment: str = "ar-uniform") -> Config:
+    """What a preset and an experiment come to, before any other flag."""
+    flags = PRESETS[preset] | EXPERIMENTS[experiment]
+    return Config(preset=preset, experiment=experiment, **flags)
+
+
+# What does not change a run's numbers: where it is, how often it looks and saves, how far it goes.
+FREE = set(
+    "output_dir resume save_every keep_checkpoints steps epochs verifier_workers kv_cache_gb "
+    "tensor_parallel_size max_tokens_per_row num_eval_budgets reward_timeout logger".split()
+)
+
+
+def identity(c: Config) -> dict:
+    """The settings that change a run's numbers, as JSON holds them."""
+    free = FREE
+    if c.lr_schedule == "linear":
+        free = FREE - {"steps", "epochs"}  # the rate of a step depends on how many there will be
+    settings = json.loads(json.dumps(asdict(c)))
+    return {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")}
+
+
+def directory_of(c: Config) -> str:
+    """runs/<preset>-<experiment>[-<setting>-<value>]...-seed<seed>: all that is not the default."""
+    usual = identity(replace(defaults(c.preset, c.experiment), seed=c.seed))
+    changed = [f"-{k}-{v}" for k, v in identity(c).items() if usual.get(k) != v]
+    name = f"{c.preset}-{c.experiment}" + file_name("".join(changed))
+    return f"runs/{name}-seed{c.seed}"
+
+
+def file_name(text: str, longest: int = 120) -> str:
+    """A text as part of a file's name; of a long one the beginning and a digest."""
+    name = re.sub(r"[^\w.]+", "-", text).rstrip("-")
+    if len(name) > longest:
+        name = f"{name[:longest]}-{sha256(text.encode()).hexdigest()[:8]}"
+    return name
 
 
 def read(flags, args: list[str] | None, **options):
     """tyro.cli; a mistake, which every process finds, is printed by the first one alone."""
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
     with redirect_stderr(sys.stderr if first else StringIO()):  # tyro prints range errors anyway
         return tyro.cli(flags, args=args, console_outputs=first, **options)
 
@@ -305,8 +375,8 @@ class Evaluation:
     models: tyro.conf.Positional[Names] = ()  # Model directories or hub names.
     ask: str = ""  # Answer this one question, as the model thinks about it.
     summaries: Count = 1  # A, per budget; more of them only sharpen the estimate.
-    chunk: CountOrZero = 0  # Questions between two writes of the records; 0: automatic.
-    output_dir: str = ""  # Where the results go; default: evaluation/ beside the first model.
+    # Where the results go; default: evaluation/ beside a run's model, or runs/evaluation/<models>.
+    output_dir: str = ""
 
     # The rest are settings of the preset (budgets to temperature: its eval_budgets and so on).
     preset: Preset  # Where their defaults come from.
@@ -327,14 +397,25 @@ class Evaluation:
 
     @property
     def output(self) -> Path:
-        return Path(self.output_dir or Path(self.models[0]).parent / "evaluation")
+        """The directory of the results: one for each model, or set of models, unless named."""
+        first = Path(self.models[0])
+        if len(self.models) == 1 and first.name == "model":
+            return Path(self.output_dir or first.parent / "evaluation")
+        return Path(self.output_dir or f"runs/evaluation/{file_name('-and-'.join(self.models))}")
 
 
 def parse_evaluation(args: list[str] | None = None) -> tuple[Evaluation, Config]:
     """The arguments of evaluate.py, and the settings that they come to."""
-    (preset, _), _ = read(kind, args, add_help=False, return_unknown_args=True)
-    final = {} if preset == "miniature" else FINAL_TABLES
-    c = Config(preset=preset, **PRESETS[preset] | final)
+    (preset, *_), _ = read(kind, args, add_help=False, return_unknown_args=True)
+    a, c = read_evaluation(preset or "miniature", args)
+    if not preset and preset_for(*a.models) != "miniature":
+        return read_evaluation("small", args)
+    return a, c
+
+
+def read_evaluation(preset: str, args: list[str] | None) -> tuple[Evaluation, Config]:
+    final = FINAL_TABLES if preset.startswith("paper") else {}
+    c = replace(defaults(preset), **final)
     c = replace(c, eval_budgets=c.evaluation_budgets)
     names = {f.name: f.name for f in fields(Evaluation) if hasattr(c, f.name)}  # a flag -> Config's
     names |= {f: f"eval_{f}" for f in ("budgets", "data", "samples", "questions", "temperature")}

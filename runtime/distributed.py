@@ -5,6 +5,7 @@ run on one CPU process and on many GPUs, so that the loop in train.py need not k
 """
 
 import ctypes
+import errno
 import faulthandler
 import math
 import os
@@ -30,6 +31,15 @@ COLLECTIVE_MINUTES = 30  # how long processes wait for one another before they g
 STANDSTILL_MINUTES = 20  # shorter, so that the process that the others wait for reports first
 FEW_PARAMETERS = 1_000_000  # below this, one CPU thread (scripts/bench_training.py threads)
 
+# What may befall a long run through no fault of its own, and what to do.
+OUTPUT_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space and go on with --resume auto",
+    errno.EDQUOT: "the disk quota is used up: free some space and go on with --resume auto",
+    errno.EPIPE: "what read the output is gone: write it to a file, and go on with --resume auto",
+}
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all
+MOST_TOKENS_ON_CPUS = 300_000  # thinking tokens a step: the preset small, 16 × 8 × 2000, is below
+
 barrier = dist.barrier
 
 
@@ -39,15 +49,22 @@ def main(run: Callable):
         # Die with the torchrun agent, even on SIGKILL; orphaned workers would keep training next to
         # a restarted job. 1: PR_SET_PDEATHSIG.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    for stream in (sys.stdout, sys.stderr):  # whatever the shell's language: we print Greek letters
+        stream.reconfigure(encoding="utf-8")
     expect_progress()
     try:
         run()
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException:  # torch's CheckpointException is not an Exception
-        traceback.print_exc()
         sys.stdout.flush()
-        sys.stderr.flush()
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        say("interrupted: train.py goes on with --resume auto, evaluate.py by the same command")
+        os._exit(130)  # as shells report Ctrl-C
+    except BaseException as e:  # torch's CheckpointException is not an Exception
+        if isinstance(e, OSError) and e.errno in OUTPUT_ERRORS:
+            print(f"error: {e}: {OUTPUT_ERRORS[e.errno]}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         os._exit(1)  # a normal exit may first wait for the others, who wait for this one
 
 
@@ -73,7 +90,9 @@ def exit_on_bad_input():
     try:
         yield
     except (ValueError, OSError) as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if getattr(e, "errno", None) in OUTPUT_ERRORS:
+            raise  # it is no bad input: see main
+        if os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
@@ -122,14 +141,20 @@ def exit_stopped(step: int):
     sys.exit(STOPPED)
 
 
-def check_machine(preset: str):
-    """ValueError where this machine cannot run the preset as it was started."""
+def check_machine(step_tokens: int = 0):
+    """ValueError where processes and machine do not fit the run; `step_tokens`: thinking a step."""
+    missing = [name for name in LAUNCHER if name not in os.environ]
+    if 0 < len(missing) < len(LAUNCHER):
+        given = ", ".join(name for name in LAUNCHER if name in os.environ)
+        fix = "start with torchrun, which sets them all, or unset these"
+        raise ValueError(f"{given} in the environment, without {', '.join(missing)}: {fix}")
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus and here > gpus:
         raise ValueError(f"{here} processes for {gpus} GPU(s): start with --nproc_per_node {gpus}")
-    if not gpus and preset != "miniature":
-        fix = "check CUDA_VISIBLE_DEVICES and the driver, or run the miniature"
-        raise ValueError(f"--preset {preset} needs GPUs and none is visible: {fix}")
+    if not gpus and step_tokens > MOST_TOKENS_ON_CPUS:
+        fix = "lower --questions-per-step, --num-rollouts or --max-budget, or use GPUs"
+        problem = f"a step samples up to {step_tokens:,} thinking tokens, and no GPU is visible"
+        raise ValueError(f"{problem} (check CUDA_VISIBLE_DEVICES and the driver): {fix}")
 
 
 def start() -> torch.device:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import socket
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -34,20 +35,20 @@ def open_tokenizer(model: str, train: bool = True):
         config = read_config(model)
     except Exception as e:  # the parsers of tokenizer.json raise plain Exception
         problem = f"no model directory or hub name that can be read ({first_line(e)})"
-        raise ValueError(f"--model {model}: {problem}") from e
+        raise ValueError(f"{model}: {problem}") from e
     try:
         empty = without_weights(config)
         _ = empty.get_decoder().layers
     except Exception as e:  # whatever the code of a family raises
         kind = f"is a {config.model_type}: use a decoder-only language model"
-        raise ValueError(f"--model {model} {kind} ({first_line(e)})") from e
+        raise ValueError(f"{model} {kind} ({first_line(e)})") from e
     if len(tokenizer) > (rows := empty.get_input_embeddings().weight.shape[0]):
         problem = f"its tokenizer has {len(tokenizer)} tokens, its weights only {rows}"
-        raise ValueError(f"--model {model}: {problem}: one of them is of another model")
+        raise ValueError(f"{model}: {problem}: one of them is of another model")
     if train and (quantisation := getattr(config, "quantization_config", None)):
         method = dict(quantisation).get("quant_method", "unknown")
         fix = "train the model that it was made from, in full precision"
-        raise ValueError(f"--model {model} has quantised weights ({method}): {fix}")
+        raise ValueError(f"{model} has quantised weights ({method}): {fix}")
     return tokenizer, end_of_text(model, config, tokenizer), config.max_position_embeddings
 
 
@@ -71,7 +72,7 @@ def check_place(model: str):
     elif not any(path.glob("*.safetensors")):
         problem = "has no *.safetensors file: save it by save_pretrained"
     if problem:
-        raise ValueError(f"--model {model} {problem}")
+        raise ValueError(f"{model} {problem}")
 
 
 def read_config(model: str):
@@ -108,6 +109,8 @@ def load_model(path: str, dtype: torch.dtype, attention: str):
     ValueError where weights are damaged, missing, not finite, or of another shape than the config
     says.
     """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a log file is no place for bars
     # Safetensors alone: a pickle can hold code, and model_digest does not cover it.
     settings = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -122,7 +125,9 @@ def load_model(path: str, dtype: torch.dtype, attention: str):
         if wrong:
             raise ValueError(f"{len(wrong)} weights with nan or infinity ({wrong[0]}, ...)")
     except Exception as e:  # whatever damaged files, or packages that they need, lead to
-        raise ValueError(f"{path} does not load ({first_line(e)}): check it or get it again") from e
+        raise ValueError(
+            f"{path} does not load ({first_line(e)}): check it, or delete it and get it again"
+        ) from e
     repair_generation_config(model)
     return model
 

@@ -5,6 +5,7 @@ All take curves as evaluate.py makes them (curves.curve_of); a figure also takes
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,13 @@ def labels_of(models: tuple[str, ...]) -> dict[str, str]:
 
 def pyplot():
     """matplotlib.pyplot without a display, imported only where something is drawn."""
-    import matplotlib.pyplot as plt
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's shell names one that only a notebook has
+    import matplotlib
 
-    plt.switch_backend("Agg")
-    return plt
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 def draw_curves(curves: dict[str, dict], path: Path, band: str = QUESTIONS):

@@ -14,6 +14,9 @@ from filelock import FileLock, Timeout
 
 from runtime.distributed import broadcast, rank, say, together
 
+ROOT = Path(__file__).resolve().parents[1]
+METHOD = ("budgets.py", "rewards.py", "brpo.py", "packing.py", "rollout.py", "train.py")
+METHOD += ("tasks/verifier.py",)
 STEP = "step-" + 8 * "[0-9]"  # the name of a checkpoint
 
 
@@ -119,6 +122,21 @@ def begin(output_dir: Path, checkpoint: Path | None, first_step: int, keep: int)
         lines = [x for x in read_lines(source / f"{name}.jsonl") if x["step"] < first]
         write(output_dir / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     return lines
+
+
+def write_settings(output_dir: Path, settings: dict):
+    """config.json: the settings, and a digest of each file of the method that the run used.
+
+    A resumed run says which of these files have changed: its later steps follow another formula.
+    """
+    path, sources = output_dir / "config.json", {f: file_digest(ROOT / f) for f in METHOD}
+    if path.exists():
+        with contextlib.suppress(ValueError):  # damaged by hand: it is written anew
+            before = json.loads(path.read_text()).get("sources", {})
+            for name in METHOD:
+                if before.get(name, sources[name]) != sources[name]:
+                    say(f"WARNING {name} has changed since this run wrote {path}")
+    write(path, json.dumps(settings | {"sources": sources}, indent=1))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -4,22 +4,21 @@
 makes engine, model and optimizer at the step to start from.
 """
 
-import json
-import sys
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
+from brpo import BASELINES
 from packing import check_attention
 from rewards import answer_paragraph
 from rollout import Markers, make_grader
 from runtime import checkpoint, distributed, rundir
-from runtime.config import Config, Evaluation, batch_arithmetic, check
+from runtime.config import Config, Evaluation, batch_arithmetic, check, identity
 from runtime.data import load_questions, make_questions, set_names
 from runtime.engines import make_engine, require_engine
 from runtime.metrics import Logger, require_logger
@@ -103,7 +102,10 @@ def prepare(c: Config) -> Run:
     """
     world = distributed.world_size()
     check(c, world)
-    distributed.check_machine(c.preset)
+    thinking = c.questions_per_step * c.num_rollouts * c.budget_prior.budgets[-1]
+    distributed.check_machine(thinking)
+    if c.baseline not in BASELINES:
+        raise ValueError(f"--baseline {c.baseline}: brpo.BASELINES has {', '.join(BASELINES)}")
     require_engine(c.engine)
     require_reward(c.reward)
     require_logger(c.logger)
@@ -123,8 +125,8 @@ def prepare(c: Config) -> Run:
     if steps < first_step:
         raise ValueError(f"{newest} is at step {first_step}, beyond --steps {steps}: raise it")
     if distributed.rank() == 0:
-        reports = [f"  {line}" for line in (report, *opened.reports)]
-        print(batch_arithmetic(c, world), *reports, sep="\n")
+        reports = [report, *opened.reports, *expensive_evaluation(c, opened.sets)]
+        print(batch_arithmetic(c, world), *(f"  {line}" for line in reports), sep="\n")
         print(f"  {steps} steps from {first_step}" + (f" (resuming {newest})" if newest else ""))
     return Run(
         **vars(opened),
@@ -146,6 +148,23 @@ def prepare(c: Config) -> Run:
     )
 
 
+def expensive_evaluation(c: Config, sets: dict[str, list]) -> list[str]:
+    """A line where an evaluation costs more tokens than the training between two of them."""
+    summary, budgets = c.max_summary_tokens, c.evaluation_budgets
+    traces = sum(map(len, sets.values())) * c.eval_samples
+    evaluation = traces * (budgets[-1] + len(budgets) * summary)
+    budgets = c.budget_prior.budgets
+    trace = budgets[-1] + len(budgets) * c.num_summaries * summary
+    steps = c.eval_every or c.steps or math.inf
+    training = steps * c.questions_per_step * c.num_rollouts * trace
+    if evaluation <= training:
+        return []
+    return [
+        f"an evaluation samples up to {evaluation:,} tokens, the {steps} training steps between "
+        f"two up to {training:,}: --eval-questions, --eval-samples and --eval-every decide that"
+    ]
+
+
 class SummaryVerifier(Verifier):
     """The math verifier, on the part of a summary that counts: its first paragraph."""
 
@@ -161,18 +180,8 @@ def make_verifier(c: Config) -> SummaryVerifier | RewardFunction:
 
 
 def identity_of(c: Config, questions: list) -> dict:
-    """All that changes a run's numbers: a checkpoint of another identity is not resumed.
-
-    Not part of it: where a run is, how often it looks and saves, how far it goes.
-    """
-    free = set(
-        "output_dir resume save_every keep_checkpoints steps epochs verifier_workers kv_cache_gb "
-        "tensor_parallel_size max_tokens_per_row num_eval_budgets reward_timeout logger".split()
-    )
-    if c.lr_schedule == "linear":
-        free -= {"steps", "epochs"}  # the rate of every step depends on how many there will be
-    settings = json.loads(json.dumps(asdict(c)))
-    return {k: v for k, v in settings.items() if k not in free and not k.startswith("eval_")} | {
+    """All that changes a run's numbers: a checkpoint of another identity is not resumed."""
+    return identity(c) | {
         "data": rundir.digest(questions),
         "model_files": model_digest(c.model),
         "reward_file": rundir.digest(reward_source(c.reward)),
@@ -191,8 +200,6 @@ def load(c: Config, run: Run):
             arithmetic.load_or_write_base(Path("runs"), c.seed)
     run.history = distributed.broadcast(run.history)
     run.logger = Logger(c.logger, run.dir, asdict(c))
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a log file is no place for bars
 
     path = c.model
     if c.model == "miniature":
@@ -219,7 +226,7 @@ def load(c: Config, run: Run):
         disable=None if first else True,  # None: no bar where stderr is no terminal
     )
     if first:  # Written last: its presence marks a started run.
-        rundir.write(run.dir / "config.json", json.dumps(asdict(c), indent=1))
+        rundir.write_settings(run.dir, asdict(c))
     return engine, model, optimizer
 
 
@@ -231,6 +238,7 @@ def prepare_evaluation(a: Evaluation, c: Config) -> dict[str, Opened]:
             "directory, runs/.../model"
         )
     check(c)
+    distributed.check_machine()
     require_engine(c.engine)
     require_reward(c.reward)
     opened = {m: open_model(m, c, c.evaluation_budgets[-1], a.ask, train=False) for m in a.models}

@@ -114,7 +114,8 @@ def test_two_processes_measure_the_same_curve(trained_model_path, tmp_path, run_
 def test_an_interrupted_evaluation_goes_on_from_its_records(
     trained_model_path, tmp_path, monkeypatch
 ):
-    args = [str(trained_model_path), *"--questions 8 --samples 2 --chunk 2 --output-dir".split()]
+    args = [str(trained_model_path), *"--questions 8 --samples 2 --output-dir".split()]
+    monkeypatch.setattr(evaluate, "TRACES_PER_CHUNK", 4)  # two questions
     evaluate.main([*args, str(tmp_path / "unbroken")])
     out, write = tmp_path / "broken", evaluate.write_records
 

@@ -186,11 +186,18 @@ def test_a_resume_elsewhere_brings_the_history_along_and_compares_only_what_agre
         (["--probs", "0.5", "0.5", "0.5", "0.5"], "sum to 2"),
         (["--baseline", "group", "--num-rollouts", "1"], "--num-rollouts must be at least 2"),
         (["--train-data", "BAD"], "bad.jsonl, line 2: not JSON"),
-        (["--questions-per-step", "4096"], "--questions-per-step 4096"),
+        (["--questions-per-step", "4096", "--max-budget", "8"], "--questions-per-step 4096"),
         (["--output-dir", "TAKEN"], "holds another run"),
         (["--resume", "nowhere"], "no complete checkpoint"),
         (["--engine", "vllm"], "vLLM is not installed"),
-        (["--preset", "paper-8k"], "needs GPUs and none is visible"),
+        (
+            ["--preset", "paper-8k", "--engine", "plain"],
+            "4,096,000 thinking tokens, and no GPU is vis",
+        ),
+        (
+            ["--baseline", "critic"],
+            "--baseline critic: brpo.BASELINES has brpo, progress, group, none",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_paid_for(
@@ -217,7 +224,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
 
 def test_an_error_is_one_line_with_code_2_and_nobody_hangs(tmp_path, run_ranks):
     flags = ["--output-dir", tmp_path / "out"]
-    text = run_ranks(on_ranks("--baseline", "critic", *flags), 1, codes=[2])
+    text = run_ranks(on_ranks("--experiment", "critic", *flags), 1, codes=[2])
     assert "critic" in text and "Traceback" not in text
     flags += "--questions-per-step 15 --updates-per-step 1".split()
     text = run_ranks(on_ranks(*flags), 2, codes=[2, 2])

@@ -363,3 +363,15 @@ def test_a_kill_while_the_logs_are_cut_loses_nothing(out, monkeypatch):
         assert (out / "metrics.jsonl").read_bytes().startswith(first_two)
         assert (out / "evals.jsonl").read_bytes() == evaluations
     assert (out / "metrics.jsonl").read_bytes() == first_two
+
+
+def test_a_changed_file_of_the_method_is_said_on_resume(tmp_path, monkeypatch, capsys):
+    rundir.write_settings(tmp_path, {"seed": 3})
+    rundir.write_settings(tmp_path, {"seed": 3})
+    assert "WARNING" not in capsys.readouterr().err
+    digest = rundir.file_digest
+    changed = lambda path: digest(path) + "x" * (path.name == "brpo.py")  # noqa: E731
+    monkeypatch.setattr(rundir, "file_digest", changed)
+    rundir.write_settings(tmp_path, {"seed": 3})
+    assert capsys.readouterr().err.startswith("WARNING brpo.py has changed since")
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3

@@ -10,6 +10,7 @@ import pytest
 
 from runtime.config import (
     EXPERIMENTS,
+    MINIATURE_VOCABULARY,
     PRESETS,
     Config,
     Evaluation,
@@ -19,6 +20,7 @@ from runtime.config import (
     parse,
     parse_evaluation,
 )
+from tasks import arithmetic
 from tests.conftest import ROOT, alone
 
 
@@ -26,9 +28,43 @@ def test_flags_win_over_the_experiment_and_the_experiment_over_the_preset():
     c = parse("--num-summaries 2 --experiment grpo-vr --preset paper-8k --seed=3".split())
     assert (c.preset, c.experiment, c.seed) == ("paper-8k", "grpo-vr", 3)
     assert (c.lr, c.baseline, c.train_summaries, c.num_summaries) == (1e-6, "brpo", "last", 2)
-    assert c.output_dir == "runs/paper-8k-grpo-vr-seed3"
+    assert c.output_dir == "runs/paper-8k-grpo-vr-num_summaries-2-seed3"
     assert parse(["--output_dir", "here"]).output_dir == "here"
     assert parse([]) == Config(output_dir="runs/miniature-ar-uniform-seed0")
+
+
+def test_a_model_without_a_preset_is_trained_and_measured_by_small(tmp_path):
+    """No size of the miniature suits another; a saved miniature is known by its vocabulary."""
+    (saved := tmp_path / "model").mkdir()
+    assert len(arithmetic.VOCABULARY) == MINIATURE_VOCABULARY
+    (saved / "config.json").write_text(json.dumps({"vocab_size": MINIATURE_VOCABULARY}))
+    assert parse(["--model", str(saved)]).preset == "miniature"
+    assert parse_evaluation([str(saved)])[0].preset == "miniature"
+    (saved / "config.json").write_text(json.dumps({"vocab_size": 49152}))
+    for model in (str(saved), "Qwen/Qwen3-0.6B"):
+        c = parse(["--model", model])
+        assert c.preset == "small" and c.budget_prior.budgets == (500, 1000, 1500, 2000)
+        assert c.max_summary_tokens == 118 and c.max_prompt_tokens == 1024 and c.lr == 1e-6
+        assert "\\boxed" in c.prompt_template and c.engine == "plain"  # vLLM is not installed
+        cost = 64 * c.eval_samples * len(c.evaluation_budgets)
+        assert c.eval_questions == 64 and cost == 64 * 4 * 8
+        a, c = parse_evaluation([model, *"--data my.jsonl --budgets 250 500 1000 2000".split()])
+        assert a.preset == "small" and c.eval_budgets == (250, 500, 1000, 2000)
+    assert parse(["--preset", "miniature", "--model", "x/y"]).max_budget == 64
+
+
+def test_the_directory_names_what_is_not_default():
+    def name(flags):
+        return parse(flags.split()).output_dir.removeprefix("runs/")
+
+    assert name("--reward my_reward:even") == "miniature-ar-uniform-reward-my_reward-even-seed0"
+    assert name("--steps 9 --eval-every 3 --resume auto") == "miniature-ar-uniform-steps-9-seed0"
+    assert name("--model x/y --steps 9") == "small-ar-uniform-model-x-y-seed0"  # a constant rate
+    assert (
+        name("--preset paper-8k --seed 4 --budgets 8 9") == "paper-8k-ar-uniform-budgets-8-9-seed4"
+    )
+    long = name("--prompt-template " + 300 * "x")
+    assert len(long) < 180 and long != name("--prompt-template " + 299 * "x")
 
 
 def test_settings_are_json_and_come_back():
@@ -101,7 +137,7 @@ def test_the_learning_rate_falls_to_nothing_on_the_miniature_and_is_constant_in_
 
 def test_evaluation_shows_and_takes_the_presets_settings():
     a, c = parse_evaluation(["m", "n", "--preset", "paper-8k"])
-    assert a.models == ("m", "n") and str(a.output) == "evaluation"
+    assert a.models == ("m", "n") and str(a.output) == "runs/evaluation/m-and-n"
     assert a.data == c.eval_data == ("paper",) and a.samples == c.eval_samples == 80
     assert a.temperature == c.eval_temperature == 0.6 and a.questions == c.eval_questions == 0
     assert a.budgets == c.evaluation_budgets == tuple(range(250, 8001, 250))
@@ -161,13 +197,13 @@ BAD_FLAGS = [
       for name in ("budgets", "probs", "eval-budgets", "eval-data")
       for following in ("", "--seed 1")),
     ("--experiment ppo", ["--experiment", "ppo"]), ("--preset x", ["--preset", "'x'"]),
-    ("--baseline x", ["--baseline", "'x'"]), ("--bogus 1", ["--bogus"]),
+    ("--bogus 1", ["--bogus"]),
 ]
 BAD_FLAGS_OF_EVALUATION = [
     ("", ["models", "at least 1 item"]), ("m --budgets", ["budgets", "at least 1 item"]),
     ("m --data --seed 1", ["data", "at least 1 item"]), ("m --samples -3", ["samples", "-3"]),
     ("m --samples 0", ["samples", "0"]), ("m --summaries 0", ["summaries", "0"]),
-    ("m --questions -5", ["questions", "-5"]), ("m --chunk -1", ["chunk", "-1"]),
+    ("m --questions -5", ["questions", "-5"]),
     ("m --temperature nan", ["temperature", "nan", "finite number"]),
     ("m --temperature -1", ["temperature", "-1"]), ("m --seed -1", ["seed", "-1"]),
     ("m --max-prompt-tokens 0", ["max_prompt_tokens", "0"]), ("m --lr 1", ["--lr"]),
@@ -188,6 +224,7 @@ def test_a_bad_flag_ends_with_code_2_and_names_flag_value_and_bound(
         read(flags.split())
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert e.value.code == 2 and all(word in error for word in words), error
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")  # the other processes are silent
     with pytest.raises(SystemExit) as e:
         read(flags.split())
@@ -201,7 +238,7 @@ def test_every_number_among_the_settings_has_a_range():
     lists = {k: v for k, v in settings.items() if isinstance(v, tuple) and v}
     wrong |= {k: (-1,) * len(v) for k, v in lists.items() if not isinstance(v[0], str)}
     assert len(wrong) > 30
-    wrong |= {"baseline": "x", "eval_data": (), "model": None, "bogus": 1}
+    wrong |= {"eval_data": (), "model": None, "bogus": 1}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             Config(**{name: value})

@@ -1,7 +1,11 @@
 """Processes among others: signals, standstills, and ends that leave nobody waiting."""
 
+import errno
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +16,7 @@ from transformers import Qwen2Config
 
 from runtime import distributed
 from scripts import ranks
+from tests.conftest import ROOT, alone
 
 
 def test_a_second_sigterm_ends_at_once(monkeypatch):
@@ -68,6 +73,49 @@ def test_an_exception_on_one_rank_ends_all(run_ranks):
     text = run_ranks(main, codes=[1, 1])
     assert "KeyError: 'on purpose'" in text and "a normal exit" not in text
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "interrupted: train.py goes on with --resume auto"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "the disk is full: free some space"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "what read the output is gone"),
+    ],
+)
+def test_what_ends_a_long_run_is_one_line(error, code, line, run_ranks):
+    def run(rank):
+        with distributed.exit_on_bad_input():  # while loading, or afterwards
+            raise error
+
+    text = run_ranks(lambda _: distributed.main(lambda: run(0)), 1, codes=[code])
+    assert line in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", distributed.LAUNCHER)
+def test_half_of_a_launchers_variables_are_refused(name, monkeypatch, capsys):
+    for other in distributed.LAUNCHER:
+        monkeypatch.delenv(other, raising=False)
+    distributed.check_machine()
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit), distributed.exit_on_bad_input():
+        distributed.check_machine()
+    assert re.match(
+        f"error: {name} in the environment, without .*torchrun", capsys.readouterr().err
+    )
+
+
+def test_a_shell_that_cannot_show_greek_and_a_notebooks_backend_do_no_harm(tmp_path):
+    code = (
+        "from runtime import distributed, plots\n"
+        "distributed.main(lambda: (print('λ · é'), plots.pyplot().plot([1])))"
+    )
+    settings = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    settings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=alone() | settings, cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0 and done.stdout.decode() == "λ · é\n", done.stderr
 
 
 def test_workers_die_with_their_agent(tmp_path):
