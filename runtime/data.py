@@ -1,12 +1,16 @@
 """Questions with their ground truths, and the questions of each step.
 
-Rows come from a local .json, .jsonl or .parquet file, from a named set on the Hugging Face hub, or
-from the miniature. They are checked one by one and turned into prompts by the model's own
-tokenizer. Their order is a function of (seed, step) alone.
+Rows come from a .json, .jsonl, .csv or .parquet file (a path, an https:// address, or
+hf://datasets/owner/name/file on the Hugging Face hub), from a named set, or from the miniature.
+They are checked one by one and turned into prompts by the model's own tokenizer. Their order is a
+function of (seed, step) alone. (The package `datasets` would retype answers: "007" becomes 7.)
 """
 
+import csv
 import hashlib
+import io
 import json
+import math
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +19,7 @@ from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from unicodedata import normalize
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -24,8 +29,7 @@ from runtime.models import first_line, skip_unreachable_hub
 from tasks import arithmetic
 from tasks.verifier import is_valid_ground_truth
 
-# name -> (hub dataset repository, file)
-NAMED_SETS = {"deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json")}
+NAMED_SETS = {"deepscaler": "hf://datasets/agentica-org/DeepScaleR-Preview-Dataset/deepscaler.json"}
 # The five files that the paper's numbers are on, from its authors' repository at one commit, with
 # their SHA-256; "paper" stands for all five. Minerva lists several accepted answers for 75 of its
 # 272 questions there, and OlympiadBench has 675 rows.
@@ -47,6 +51,7 @@ PAPER_SETS = {  # 30, 83, 500, 272 and 675 questions
 }
 DATE = datetime(2025, 1, 1)  # today, for chat templates that ask
 MINIATURE_ROWS = {"train": 2048, "test": 512}
+LOUD_DROPPED_SHARE = 0.1  # of a set's rows
 
 
 @dataclass(frozen=True)
@@ -72,42 +77,52 @@ def load_rows(
     """
     if source == "miniature":
         return arithmetic.make_rows(split, MINIATURE_ROWS[split]), 0
-    path = Path(source)
+    place = NAMED_SETS.get(source, source)
+    if source in PAPER_SETS:
+        place = str(fetch_paper_set(source))
     if source in NAMED_SETS or source in PAPER_SETS:
-        path = _download(*NAMED_SETS[source]) if source in NAMED_SETS else fetch_paper_set(source)
         question_field, answer_field = "problem", "answer"
-    elif not path.is_file():
+    elif "://" not in source and not Path(source).is_file():
         names = ", ".join([*NAMED_SETS, "paper", *PAPER_SETS])
-        raise ValueError(f"{source} is neither a file nor one of the named sets ({names})")
+        problem = f"{source} is neither a file nor one of the named sets ({names})"
+        raise ValueError(f"{problem}; a file on the hub is hf://datasets/owner/name/file")
     rows, dropped = [], 0
-    for where, record in _records(path):
+    for where, record in _records(place):
         try:
             question, truth = _row(record, question_field, answer_field, need_ground_truth)
         except ValueError as e:
-            raise ValueError(f"{path}, {where}: {e}") from None
-        # To Python a bool is a number, but to a grader true is not 1.
-        if need_ground_truth and (isinstance(truth, bool) or not is_valid_ground_truth(truth)):
+            raise ValueError(f"{place}, {where}: {e}") from None
+        if need_ground_truth and not is_valid_ground_truth(truth):
             dropped += 1
         else:
             rows.append((question, truth))
     if not rows:
-        raise ValueError(f"{path} holds no usable row: it is empty, or every ground truth is blank")
+        problem = "holds no usable row: it is empty, or every ground truth is blank"
+        raise ValueError(f"{place} {problem}")
     return rows, dropped
 
 
 def _row(record, question_field: str, answer_field: str, need_ground_truth: bool):
-    """(question, ground_truth) of a record; ValueError says what is wrong with it."""
-    fields = (question_field, answer_field)
+    """(question, ground_truth) of a record; ValueError says what is wrong with it.
+
+    A question is a text, or a chat: a list of {"role", "content"}.
+    """
     if not isinstance(record, dict):
+        fields = (question_field, answer_field)
         raise ValueError(f"expected an object with {fields}, got {str(record)[:60]!r}")
-    for name in fields[: 1 + need_ground_truth]:
-        if name not in record:
-            fix = "name the right fields with --question-field and --answer-field"
-            raise ValueError(f"no field {name!r} (it has {', '.join(record)}): {fix}")
-    question, truth = record[question_field], record.get(answer_field)
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{question_field!r} is not a text: {str(question)[:60]!r}")
-    truth = format(truth, "f") if isinstance(truth, Decimal) else truth  # parquet's decimals
+    question = _field(record, question_field)
+    chat = question if isinstance(question, list) else [{"role": "user", "content": question}]
+    for message in chat or [{}]:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) or not content.strip() or "role" not in message:
+            raise ValueError(f"{question_field!r} is not a text: {str(question)[:60]!r}")
+    truth = _field(record, answer_field, needed=need_ground_truth)
+    if isinstance(truth, Decimal):  # parquet's
+        truth = format(truth, "f")
+    elif isinstance(truth, list):
+        truth = [format(t, "f") if isinstance(t, Decimal) else t for t in truth]
+    if need_ground_truth:
+        truth = _ground_truth(truth, answer_field)
     try:
         f"{question}{truth}".encode()
     except UnicodeEncodeError:  # JSON can say \ud800, which no tokenizer takes
@@ -116,60 +131,113 @@ def _row(record, question_field: str, answer_field: str, need_ground_truth: bool
     return question, truth
 
 
-def _records(path: Path) -> Iterator[tuple[str, object]]:
+def _field(record: dict, name: str, needed: bool = True):
+    """A column by its name; `a.b` is the column of that name, or else b inside of a."""
+    if name in record:
+        return record[name]
+    outer, dot, inner = name.partition(".")
+    if dot and isinstance(record.get(outer), dict):
+        return _field(record[outer], inner, needed)
+    if not needed:
+        return None
+    fix = "name the right fields with --question-field and --answer-field"
+    raise ValueError(f"no field {name!r} (it has {', '.join(map(str, record))}): {fix}")
+
+
+def _ground_truth(truth, field: str):
+    """What the verifier compares with: text, numbers, or a list of such; None is left to count."""
+    parts = truth if isinstance(truth, list) else [truth]
+    for part in parts:
+        # To Python a bool is a number, but to a grader true is not 1.
+        number = isinstance(part, (int, float)) and not isinstance(part, bool)
+        if not (part is None or isinstance(part, str) or number and math.isfinite(part)):
+            problem = f"{field!r} is {part!r}, a {type(part).__name__}"
+            raise ValueError(f"{problem}: the verifier reads texts and finite numbers")
+    if isinstance(truth, str) and "####" in truth:  # GSM8K: a solution, then #### and the answer
+        truth = truth.rpartition("####")[2].strip()
+    return truth
+
+
+def _records(place: str) -> Iterator[tuple[str, object]]:
     """(where, record) pairs; `where` is the line of a .jsonl file, otherwise the row, from 1."""
-    if path.suffix == ".jsonl":
-        lines = enumerate(_text(path).split("\n"), 1)
-        yield from ((f"line {n}", _parse(line, path, n)) for n, line in lines if line.strip())
-        return
-    if path.suffix == ".json":
-        records = _parse(_text(path), path)
+    kind = Path(urlsplit(place).path).suffix
+    if kind not in (".json", ".jsonl", ".csv", ".parquet"):
+        raise ValueError(f"{place}: unknown kind {kind!r}: use .json, .jsonl, .csv or .parquet")
+    content = _content(place)
+    if kind == ".parquet":
+        records = _parquet(content, place)
+    elif kind == ".csv":
+        records = _csv(_text(content, place), place)
+    elif kind == ".json":
+        records = _parse(_text(content, place), place)
         if not isinstance(records, list):
             fix = "for one object a line, name the file .jsonl"
-            raise ValueError(f"{path}, line 1: expected a list of objects; {fix}")
-    elif path.suffix == ".parquet":
-        records = _parquet(path)
+            raise ValueError(f"{place}, line 1: expected a list of objects; {fix}")
     else:
-        raise ValueError(f"{path}: unknown kind {path.suffix!r}: use .json, .jsonl or .parquet")
+        lines = enumerate(_text(content, place).split("\n"), 1)
+        yield from ((f"line {n}", _parse(line, place, n)) for n, line in lines if line.strip())
+        return
     yield from ((f"row {i}", record) for i, record in enumerate(records, 1))
 
 
-def _text(path: Path) -> str:
+def _content(place: str) -> bytes:
+    """A file's bytes, from wherever it is; ValueError where it cannot be fetched."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # without a byte order mark
+        if place.startswith("hf://datasets/"):
+            from huggingface_hub import hf_hub_download
+
+            skip_unreachable_hub()
+            owner, name, file = place.removeprefix("hf://datasets/").split("/", 2)
+            name, _, revision = name.partition("@")
+            settings = {"repo_type": "dataset", "revision": revision or None}
+            return Path(hf_hub_download(f"{owner}/{name}", file, **settings)).read_bytes()
+        if "://" in place:
+            with urllib.request.urlopen(place, timeout=10) as answer:
+                return answer.read()
+        return Path(place).read_bytes()
+    except Exception as e:  # offline, renamed, gated: whatever the hub's client raises
+        fix = "check the network, or download it and pass the file's path"
+        raise ValueError(f"cannot fetch {place} ({first_line(e)}): {fix}") from e
+
+
+def _text(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not in UTF-8 (byte {e.start}): save it as UTF-8") from None
+        raise ValueError(f"{place} is not in UTF-8 (byte {e.start}): save it as UTF-8") from None
 
 
-def _parse(text: str, path: Path, line: int = 1):
+def _parse(text: str, place: str, line: int = 1):
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {line + e.lineno - 1}: not JSON ({e.msg})") from None
+        raise ValueError(f"{place}, line {line + e.lineno - 1}: not JSON ({e.msg})") from None
     except (ValueError, RecursionError) as e:  # numbers of thousands of digits, deep nesting
-        raise ValueError(f"{path}, from line {line}: unreadable JSON ({first_line(e)})") from None
+        raise ValueError(f"{place}, from line {line}: unreadable JSON ({first_line(e)})") from None
 
 
-def _parquet(path: Path) -> list[dict]:
+def _csv(text: str, place: str) -> list[dict]:
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a whole solution
     try:
+        records = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as e:
+        raise ValueError(f"{place} is no readable csv file ({e})") from None
+    for i, record in enumerate(records, 1):
+        if None in record or None in record.values():  # csv's mark of too many or too few cells
+            raise ValueError(f"{place}, row {i}: not as many cells as the first line has names")
+    return records
+
+
+def _parquet(content: bytes, place: str) -> list[dict]:
+    try:
+        import pyarrow
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except ImportError:
-        raise ValueError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
+        raise ValueError(f"{place}: parquet needs pyarrow: pip install pyarrow") from None
     except (OSError, ValueError) as e:  # pyarrow's errors are both
-        raise ValueError(f"{path} is no readable parquet file ({first_line(e)})") from None
-
-
-def _download(repo: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    skip_unreachable_hub()
-    try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset"))
-    except Exception as e:  # offline, renamed, gated: whatever the hub's client raises
-        fix = "check the network, or download it and pass the file's path"
-        raise ValueError(f"cannot fetch {file} of {repo} ({first_line(e)}): {fix}") from e
+        raise ValueError(f"{place} is no readable parquet file ({first_line(e)})") from None
 
 
 def set_names(names: tuple[str, ...]) -> list[str]:
@@ -188,11 +256,9 @@ def fetch_paper_set(name: str) -> Path:
     url, path = PAPER_SETS_URL + file, cache / file
     if not path.exists():
         try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                content = answer.read()
-        except OSError as e:  # no network, a server's error, a timeout
-            fix = f"check the network, or put the file at {path}"
-            raise ValueError(f"cannot fetch {url} ({e}): {fix}") from e
+            content = _content(url)
+        except ValueError as e:
+            raise ValueError(f"{e} or put it at {path}") from e
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")  # processes may fetch side by side
         partial.write_bytes(content)
@@ -226,31 +292,41 @@ def make_questions(rows: list[tuple], tokenizer, c: Config) -> tuple[list[Questi
         problem = f"--prompt-template {c.prompt_template!r} has no {{question}} in it"
         raise ValueError(f"{problem}: all prompts would be the same")
     questions, dropped = [], 0
-    for number, (text, truth) in enumerate(rows):
-        rendered = render(text, tokenizer, c)
+    for number, (question, truth) in enumerate(rows):
+        chat = messages(question, c)
+        rendered, text = render(chat, tokenizer, c), question
+        if isinstance(question, list):
+            text = question[-1]["content"]
         if number == 0:
-            check_rendered(rendered, render(text + " again", tokenizer, c), tokenizer)
+            another = [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + " again"}]
+            check_rendered(rendered, render(another, tokenizer, c), tokenizer)
         prompt = tuple(tokenizer.encode(rendered, add_special_tokens=False))
         if len(prompt) <= c.max_prompt_tokens:
             questions.append(Question(len(questions), text, truth, prompt))
         else:
             dropped += 1
     if not questions:
-        limit = f"max_prompt_tokens = {c.max_prompt_tokens}"
+        limit = f"--max-prompt-tokens {c.max_prompt_tokens}"
         raise ValueError(f"all {dropped} prompts are longer than {limit}: raise it")
     return questions, dropped
 
 
-def render(question: str, tokenizer, c: Config) -> str:
-    """The prompt as text: system and user message in the model's chat template."""
+def messages(question: str | list[dict], c: Config) -> list[dict]:
+    """The chat that asks: a row's own chat as it is, or system message and prompt template."""
+    if isinstance(question, list):
+        return question
     # Not str.format: questions and templates are full of braces of their own.
     user = {"role": "user", "content": c.prompt_template.replace("{question}", question)}
-    system = [{"role": "system", "content": c.system_prompt}] * bool(c.system_prompt)
+    return [{"role": "system", "content": c.system_prompt}] * bool(c.system_prompt) + [user]
+
+
+def render(chat: list[dict], tokenizer, c: Config) -> str:
+    """The prompt as text: a chat in the model's template, the date being the project's."""
     options = {"add_generation_prompt": True, "tokenize": False}
     # Templates may print the date, and a run that is resumed tomorrow must have the same prompts.
     options |= {"strftime_now": DATE.strftime} | chat_options(c.chat_template_args)
     try:
-        return tokenizer.apply_chat_template([*system, user], **options)
+        return tokenizer.apply_chat_template(chat, **options)
     except Exception as e:  # jinja's own, or none at all
         problem = f"the chat template of {tokenizer.name_or_path} does not work"
         raise ValueError(f"{problem} ({first_line(e)}): repair or add it") from None
@@ -285,8 +361,12 @@ def load_questions(source: str, tokenizer, c: Config, split: str, limit: int = 0
     rows, invalid = load_rows(source, c.question_field, c.answer_field, split, c.reward == "math")
     questions, overlong = make_questions(rows[: limit or None], tokenizer, c)
     longer = f"{overlong} longer than {c.max_prompt_tokens} prompt tokens"
-    dropped = f"{invalid} dropped without a ground truth, {longer}"
-    return questions, f"{source}: {len(questions)} questions ({dropped})"
+    report = (
+        f"{source}: {len(questions)} questions ({invalid} dropped without a ground truth, {longer})"
+    )
+    if (dropped := invalid + overlong) > LOUD_DROPPED_SHARE * (len(questions) + dropped):
+        report = f"WARNING {report}"
+    return questions, report
 
 
 def questions_of_step(questions: list, step: int, per_step: int, seed: int) -> list[Question]:

@@ -25,6 +25,7 @@ from tasks.verifier import FAILURES
 MAX_SKIPPED = 5  # updates in a row with a nan or an infinity: then the run stops
 # A step beyond one of these gets a warning: its updates may have destroyed the policy.
 LOUD = {"kl": 0.5, "clip_share": 0.5}
+LOUD_SAMPLER_GAP = 0.1  # mean |log-prob difference|; 0.02 was measured in bfloat16 on a GPU
 LOUD_FAILURE_SHARE = 0.02  # of the gradings that score 0 for another reason than a wrong answer
 LOUD_GRAD_NORM = 1e3  # × max_grad_norm, before clipping
 FINISHES = ("closed", "eos", "length")  # of a trace, see rollout.Rollout
@@ -150,8 +151,14 @@ def warnings(c, m: dict, step: Step) -> list[str]:
     for norm in m["grad_norm"]:
         if LOUD_GRAD_NORM * c.max_grad_norm < norm < math.inf:
             found.append(f"a gradient of norm {norm:.3g} was clipped to {c.max_grad_norm}")
+    if m["sampler_gap"] > LOUD_SAMPLER_GAP:
+        problem = "trainer and sampler compute different probabilities for the same tokens"
+        found.append(f"sampler_gap {m['sampler_gap']:.3g} is above {LOUD_SAMPLER_GAP}: {problem}")
     if not any(m["reward"]):
-        found.append("no summary was right: nothing to learn from, or the policy has collapsed")
+        cause = "the policy has collapsed, or there is nothing to learn from"
+        if m["step"] == 0:
+            cause = f"compare the answers in samples.jsonl with --answer-field {c.answer_field}"
+        found.append(f"no summary was right: {cause}")
     grades = {k.removeprefix("verifier/"): v for k, v in m.items() if k.startswith("verifier/")}
     share = sum(grades[name] for name in FAILURES) / max(grades["graded"], 1)
     if share > LOUD_FAILURE_SHARE:

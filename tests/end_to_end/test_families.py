@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import evaluate
 import train
 from runtime.config import Config, parse
-from runtime.data import render
+from runtime.data import messages, render
 from tasks import arithmetic
 from tests.runtime.test_tokenizers import r1_tokenizer
 
@@ -231,5 +231,5 @@ def test_a_spoilt_directory_is_refused(kind, complaint, tmp_path, monkeypatch, c
 def test_a_template_that_prints_the_date_gives_the_same_prompts_tomorrow():
     tokenizer = arithmetic.make_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %m %Y') }} {{ messages[0]['content'] }}<think>"
-    today = render("2 +2 ?", tokenizer, Config())
+    today = render(messages("2 +2 ?", Config()), tokenizer, Config())
     assert today == "01 01 2025 2 +2 ?<think>"

@@ -2,6 +2,7 @@
 
 import json
 import random
+from datetime import datetime
 from decimal import Decimal
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from runtime import data
+from runtime import data, rundir
 from runtime.config import Config
 from runtime.data import PAPER_SETS, chat_options, load_questions, load_rows, make_questions
 from tasks import arithmetic
@@ -59,6 +60,72 @@ def test_parquets_lists_and_decimals(tmp_path):
     assert load_rows(write(tmp_path / "b.parquet", rows)) == ([("x", ["6", "six"])], 0)
 
 
+def test_answers_stay_as_a_csv_file_has_them(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('problem,answer\n1+6?,007\n"2, or\n3?",1e3\nblank,\n')
+    assert load_rows(str(path)) == ([("1+6?", "007"), ("2, or\n3?", "1e3")], 1)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://host/x/a.jsonl?download=true", "hf://datasets/o/n@v/a"]
+)
+def test_a_file_may_be_on_the_net(address, tmp_path, monkeypatch):
+    """The names are those of other sites; what answers is a local file."""
+    local, asked = tmp_path / "a.jsonl", []
+    write(local, ROWS)
+
+    def hub(*place, **settings):
+        asked.append((*place, settings["revision"]))
+        return local
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: local.open("rb"))
+    address += "/b.jsonl" * address.startswith("hf")
+    assert load_rows(address)[0][0] == ("1+1?", "2")
+    assert asked == [("o/n", "a/b.jsonl", "v")] * address.startswith("hf")
+    with pytest.raises(ValueError, match="unknown kind '.html'"):
+        load_rows("https://host/a.html")
+
+
+def test_nested_columns_gsm8ks_answers_and_chats(tmp_path):
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2 +2 ?"}]
+    rows = [
+        {"extra": {"q": "1+1?", "a.b": "So 1+1=2.\n#### 2"}, "x.y": "dotted"},
+        {"extra": {"q": chat, "a.b": "#### 1,000"}},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert load_rows(path, "extra.q", "extra.a.b")[0] == [("1+1?", "2"), (chat, "1,000")]
+    assert load_rows(path, "extra.q", "extra.a.b", need_ground_truth=False)[0][1][1] == "#### 1,000"
+    with pytest.raises(ValueError, match="line 2: no field 'x.y' .it has extra.: name the right"):
+        load_rows(path, "extra.q", "x.y")
+    tokenizer = arithmetic.make_tokenizer()
+    c = Config(prompt_template="{question} =1", max_prompt_tokens=50)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<think>"
+    (one, two), _ = make_questions([("1 +1 ?", "2"), (chat, "4")], tokenizer, c)
+    assert one.text == "1 +1 ?" and tokenizer.decode(one.prompt).endswith("? =1<think>")
+    assert two.text == "2 +2 ?" and tokenizer.decode(two.prompt).endswith("?<think>")
+
+
+def test_a_reward_functions_ground_truth_may_be_anything_that_parquet_holds(tmp_path):
+    truths = [{"a": 1}, b"x", datetime(2024, 1, 2), [Decimal("2.50")]]
+    for i, truth in enumerate(truths):
+        path = write(tmp_path / f"{i}.parquet", [{"problem": "x", "answer": truth}])
+        ((_, read),), _ = load_rows(path, need_ground_truth=False)
+        assert read == (["2.50"] if i == 3 else truth) and rundir.digest(read)
+        if i < 3:
+            with pytest.raises(ValueError, match="row 1: 'answer' is"):
+                load_rows(path)
+
+
+def test_dropping_over_a_tenth_is_loud(tmp_path):
+    rows = [{"problem": "1 +1 ?", "answer": "2"}] * 9
+    long = {"problem": "1" + 20 * " +1" + " ?", "answer": "21"}
+    for extra, loud in ([long], False), ([long, long], True), ([long, ROWS[-1]], True):
+        path = write(tmp_path / "a.jsonl", [*rows, *extra])
+        _, report = load_questions(path, arithmetic.make_tokenizer(), Config(), "train")
+        assert report.startswith("WARNING") == loud and "9 questions" in report
+
+
 def test_fields_can_be_mapped_and_a_byte_order_mark_is_fine(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"q": "1+1?", "truth": "2"}'.encode("utf-8-sig"))
@@ -81,8 +148,17 @@ GOOD = '{"problem": "a", "answer": "1"}'
         ("a.json", f'[{GOOD}, {{"problem": 7, "answer": "1"}}]', "row 2: 'problem' is not a text"),
         ("a.json", "[]", "no usable row"), ("a.jsonl", "", "no usable row"),
         ("a.jsonl", '{"problem": "a", "answer": ""}\n', "no usable row"),
-        ("a.jsonl", '{"problem": "x", "answer": true}\n', "no usable row"),
-        ("a.csv", "problem,answer\n", "unknown kind '.csv'"),
+        ("a.jsonl", '{"problem": "x", "answer": true}\n', "line 1: 'answer' is True, a bool: the"),
+        ("a.jsonl", '{"problem": "x", "answer": {"a": 1}}\n', "'answer' is {'a': 1}, a dict"),
+        ("a.jsonl", f'{GOOD}\n{{"problem": "x", "answer": NaN}}\n', "line 2: 'answer' is nan"),
+        ("a.jsonl", '{"problem": "x", "answer": ["1", [2]]}\n', "'answer' is [2], a list"),
+        ("a.jsonl", '{"problem": [{"role": "user"}], "answer": "1"}\n', "'problem' is not a text"),
+        ("a.jsonl", '{"problem": [], "answer": "1"}\n', "'problem' is not a text"),
+        ("a.csv", "problem,answer\n", "no usable row"),
+        ("a.csv", "problem,answer\n1+1?,2\n1+2?,3,4\n", "row 2: not as many cells"),
+        ("a.csv", "problem,answer\n1+1?\n", "row 1: not as many cells"),
+        ("a.csv", 'problem,answer\n"1+1?,2\n', "no readable csv file"),
+        ("a.txt", "1+1? 2\n", "unknown kind '.txt': use .json, .jsonl, .csv or .parquet"),
         ("a.jsonl", '{"problem": "\\ud800", "answer": "1"}\n', "line 1: half of a surrogate"),
         ("a.jsonl", '{"problem": "x", "answer": "\\udfff"}\n', "line 1: half of a surrogate"),
         ("a.json", "[" * 100_000, "from line 1: unreadable JSON (RecursionError"),
@@ -122,7 +198,9 @@ def test_a_missing_file_and_a_set_that_cannot_be_fetched_are_named(tmp_path, mon
     monkeypatch.setattr(data.urllib.request, "urlopen", offline)
     with pytest.raises(ValueError, match="nowhere.json is neither a file nor .*deepscaler, paper,"):
         load_rows("nowhere.json")
-    with pytest.raises(ValueError, match="cannot fetch deepscaler.json of .*no route.*: check the"):
+    with pytest.raises(
+        ValueError, match="cannot fetch hf://.*deepscaler.json .*no route.*: check the"
+    ):
         load_rows("deepscaler")
     with pytest.raises(ValueError, match=f"cannot fetch https.*aime.json.*no route.*{tmp_path}"):
         load_rows("paper/aime")
@@ -199,7 +277,7 @@ def test_prompts_follow_the_template_and_overlong_ones_are_counted():
     assert "\\boxed{" in tokenizer.decode(boxed.prompt)
     with pytest.raises(ValueError, match="has no {question}"):
         make_questions(rows, tokenizer, Config(prompt_template="{q} ?"))
-    with pytest.raises(ValueError, match="all 3 prompts are longer than max_prompt_tokens = 2"):
+    with pytest.raises(ValueError, match="all 3 prompts are longer than --max-prompt-tokens 2"):
         make_questions(rows, tokenizer, Config(max_prompt_tokens=2))
 
 
