@@ -107,7 +107,6 @@ def prepare(c: Config) -> Run:
     if c.baseline not in BASELINES:
         raise ValueError(f"--baseline {c.baseline}: brpo.BASELINES has {', '.join(BASELINES)}")
     require_engine(c.engine)
-    require_reward(c.reward)
     require_logger(c.logger)
     device, directory = distributed.start(), Path(c.output_dir)
     lock = rundir.enter(directory, c.resume)
@@ -119,6 +118,7 @@ def prepare(c: Config) -> Run:
             f"{c.train_data} has {len(questions)} usable questions, fewer than "
             f"--questions-per-step {c.questions_per_step}: lower it"
         )
+    require_reward(c.reward, questions[0].ground_truth, questions[0].text)
     identity = identity_of(c, questions)
     newest, first_step = checkpoint.find(directory, c.resume, identity)
     steps = c.steps or c.epochs * (len(questions) // c.questions_per_step)
@@ -240,8 +240,9 @@ def prepare_evaluation(a: Evaluation, c: Config) -> dict[str, Opened]:
     check(c)
     distributed.check_machine()
     require_engine(c.engine)
-    require_reward(c.reward)
     opened = {m: open_model(m, c, c.evaluation_budgets[-1], a.ask, train=False) for m in a.models}
+    question = next(iter(opened[a.models[0]].sets.values()))[0]
+    require_reward(c.reward, question.ground_truth, question.text)
     if distributed.rank() == 0 and not a.ask:
         print(*opened[a.models[0]].reports, sep="\n")
         try:

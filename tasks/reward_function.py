@@ -9,6 +9,7 @@ returned. Calls run while the sampler goes on, in processes without torch, and a
 `timeout` seconds. That, a death, an error and a value outside [0, 1] score 0 and are counted.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -47,13 +48,17 @@ class RewardFunction(Grader):
         self._count(reply, score)
 
 
-def require_reward(name: str):
-    """ValueError where the function cannot be found, imported or called with three arguments."""
+def require_reward(name: str, ground_truth=None, question: str = ""):
+    """ValueError where the function cannot be found, imported or called, or returns no number.
+
+    It is called once, with the ground truth in a box as the summary.
+    """
     if name == "math":
         return
     found = Future()
     with Grader(_problem, 1, START_TIMEOUT, str) as grader:
-        grader._schedule((name,), found.set_result)
+        trial = (f"\\boxed{{{ground_truth}}}", ground_truth, question)
+        grader._schedule((name, trial), found.set_result)
         problem = found.result()
     if problem:
         lost = ("deaths", "timeouts")
@@ -80,17 +85,21 @@ def _load(name: str):
         sys.modules.update(ours)
 
 
-def _problem(name: str) -> str:
-    """In words why the function cannot be called; "" if it can."""
+def _problem(name: str, trial: tuple = ()) -> str:
+    """In words why the function, which is called with `trial`, cannot be used; "" if it can."""
     try:
         function = _load(name)
         if inspect.isclass(function) or not callable(function):
             return f"it is a {type(function).__name__}, not a function"
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             return "it is async or a generator; a reward is returned"
-        _arguments(function, CONTEXT)
+        context = _arguments(function, CONTEXT)
     except Exception as e:
         return f"{type(e).__name__}: {e}"
+    with contextlib.suppress(Exception):  # of a text that nobody wrote, it may complain
+        score = function(*trial, **context) if trial else 0.0
+        if not hasattr(score, "__float__") and not hasattr(score, "result"):
+            return f"it returned {score!r}, a {type(score).__name__}, which is not a number"
     return ""
 
 

@@ -83,11 +83,14 @@ def test_after_a_number_of_bad_updates_the_run_stops_and_names_the_last_good_che
         ({"clip_share": 0.7}, "clip_share 0.7 is above"),
         ({"grad_norm": [0.1, 1e30]}, "norm 1e+30 was clipped to 1.0"),
         ({"grad_norm": [float("inf"), float("nan")], "kl": float("nan")}, ""),
-        ({"reward": [0.0, 0.0]}, "no summary was right"),
+        ({"reward": [0.0, 0.0], "step": 1}, "the policy has collapsed"),
+        ({"reward": [0.0, 0.0]}, "in samples.jsonl with --answer-field answer"),
+        ({"sampler_gap": 0.4}, "sampler_gap 0.4 is above 0.1: trainer and sampler"),
     ],
 )
 def test_a_destroyed_policy_is_loud(change, warning):
-    m = {"kl": 0.01, "clip_share": 0.0, "grad_norm": [0.1], "reward": [0.1, 0.0], **change}
+    m = {"kl": 0.01, "clip_share": 0.0, "grad_norm": [0.1], "reward": [0.1, 0.0], "step": 0}
+    m |= {"sampler_gap": 0.02, **change}
     m |= {f"verifier/{kind}": 0 for kind in ("graded", *FAILURES)}
     step = metrics.Step(0, [], None, None, [metrics.Update([], 0.1, applied=True)], None)
     found = metrics.warnings(parse([]), m, step)

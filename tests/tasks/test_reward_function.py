@@ -32,6 +32,13 @@ def even(summary, ground_truth, question):  # tokens, so that a random model's s
     return sum(c in "02468" for c in digits) / max(len(digits), 1)
 
 def two_arguments(summary, ground_truth): return 1.0
+def a_tuple(summary, ground_truth, question): return (1.0, "why")
+def nothing(summary, ground_truth, question): summary == ground_truth
+def an_array(summary, ground_truth, question): return [1.0]
+def strict(summary, ground_truth, question): raise ValueError(summary)
+async def asynchronous(summary, ground_truth, question): return 1.0
+def generator(summary, ground_truth, question): yield 1.0
+class Judge: pass
 """
 
 
@@ -63,10 +70,17 @@ def test_a_function_that_cannot_be_called_is_refused_at_the_start(functions):
         ("functions:missing", "has no attribute 'missing'"),
         ("functions:two_arguments", "too many positional"),
         ("dies:f", "importing it ends the process"),
+        ("functions:a_tuple", "it returned .1.0, 'why'., a tuple, which is not a number"),
+        ("functions:nothing", "it returned None, a NoneType"),
+        ("functions:an_array", "it returned .1.0., a list"),
+        ("functions:asynchronous", "it is async or a generator"),
+        ("functions:generator", "it is async or a generator"),
+        ("functions:Judge", "it is a type, not a function"),
     ]:
         with pytest.raises(ValueError, match=f"--reward {name}: .*{complaint}"):
             require_reward(name)
-    require_reward("functions:even")
+    for name in ("even", "strict"):
+        require_reward(f"functions:{name}", "4", "2 +2 ?")
 
 
 def test_the_users_modules_may_be_called_like_the_projects(functions):
