@@ -290,14 +290,14 @@ def identity(c: Config) -> dict:
 def directory_of(c: Config) -> str:
     """runs/<preset>-<experiment>[-<setting>-<value>]...-seed<seed>: all that is not the default."""
     usual = identity(replace(defaults(c.preset, c.experiment), seed=c.seed))
-    changed = [f"-{k}-{v}" for k, v in identity(c).items() if usual.get(k) != v]
-    name = f"{c.preset}-{c.experiment}" + file_name("".join(changed))
-    return f"runs/{name}-seed{c.seed}"
+    changed = {k: file_name(str(v), 40) for k, v in identity(c).items() if usual.get(k) != v}
+    names = [f"{c.preset}-{c.experiment}", *(f"{k}-{v}" for k, v in changed.items())]
+    return f"runs/{file_name('-'.join(names))}-seed{c.seed}"
 
 
-def file_name(text: str, longest: int = 120) -> str:
+def file_name(text: str, longest: int = 180) -> str:
     """A text as part of a file's name; of a long one the beginning and a digest."""
-    name = re.sub(r"[^\w.]+", "-", text).rstrip("-")
+    name = re.sub(r"[^\w.]+", "-", text).strip("-")
     if len(name) > longest:
         name = f"{name[:longest]}-{sha256(text.encode()).hexdigest()[:8]}"
     return name

@@ -95,9 +95,21 @@ def test_every_row_of_the_paper_to_code_table_exists():
     for equation, function, test in rows:
         target = pkgutil.resolve_name(function)
         assert target.__doc__ and len(equation) > 3
-        file, case = test.split("::")
-        (path,) = (ROOT / "tests").rglob(file)
-        assert f"def {case}(" in path.read_text(), test
+        assert_test_exists(test)
+
+
+def assert_test_exists(name: str):
+    file, case = name.split("::")
+    (path,) = (ROOT / "tests").rglob(file)
+    assert f"def {case}(" in path.read_text(), name
+
+
+def test_every_row_about_models_and_surroundings_names_its_test():
+    rows = (ROOT / "docs" / "models.md").read_text().split("<!-- tests -->")[1]
+    names = re.findall(r" \| `(\S+::\w+)` \|$", rows, re.M)
+    assert len(names) == sum(line.startswith("| ") for line in rows.splitlines()) - 2 > 25
+    for name in names:
+        assert_test_exists(name)
 
 
 def test_the_file_map_names_every_file_once():

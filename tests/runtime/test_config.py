@@ -64,7 +64,7 @@ def test_the_directory_names_what_is_not_default():
         name("--preset paper-8k --seed 4 --budgets 8 9") == "paper-8k-ar-uniform-budgets-8-9-seed4"
     )
     long = name("--prompt-template " + 300 * "x")
-    assert len(long) < 180 and long != name("--prompt-template " + 299 * "x")
+    assert len(long) < 200 and long != name("--prompt-template " + 299 * "x")
 
 
 def test_settings_are_json_and_come_back():
