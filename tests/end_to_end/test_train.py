@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from runtime import distributed
 from runtime.config import parse
+from runtime.startup import expensive_evaluation
 from tests.conftest import run_script
 
 SMALL = [
@@ -213,6 +215,15 @@ def test_bad_input_is_refused_before_anything_is_paid_for(
         train.prepare(parse(args))
     names = {p.name for p in (tmp_path / "out").glob("*")}
     assert names <= {"lock", "owner"}  # so that the corrected command is taken
+
+
+def test_an_evaluation_that_costs_more_than_training_is_announced():
+    """8 questions × 2 traces × (64 + 2 · 7 tokens); a step: 2 × 2 traces × (64 + 16 · 7)."""
+    flags = "--questions-per-step 2 --num-rollouts 2 --eval-samples 2 --eval-budgets 32 64"
+    c = parse([*flags.split(), "--eval-every", "1"])
+    (line,) = expensive_evaluation(c, {"a": [None] * 8})
+    assert "up to 1,248 tokens, the 1 training steps between two up to 704:" in line
+    assert expensive_evaluation(replace(c, eval_every=2), {"a": [None] * 8}) == []
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):

@@ -295,8 +295,9 @@ def test_system_prompt_and_chat_template_arguments_reach_the_template():
 
     assert prompt() == "1 +2 ?<think>"
     assert prompt("enable_thinking=true", system_prompt=" +5") == " +1 +51 +2 ?<think>"
-    with pytest.raises(ValueError, match="enable_thinking=true"):
-        prompt("enable_thinking=false")
+    for false in ("false", "False"):  # the text "False" would be true
+        with pytest.raises(ValueError, match="enable_thinking=true"):
+            prompt(f"enable_thinking={false}")
     with pytest.raises(ValueError, match="write name=value"):
         prompt("enable_thinking")
     assert chat_options(("a=1", "b=x y", "c=true")) == {"a": 1, "b": "x y", "c": True}
