@@ -22,7 +22,7 @@ from runtime import checkpoint, distributed, rundir
 from runtime.config import Config, Evaluation, batch_arithmetic, check
 from runtime.data import load_questions, make_questions, set_names
 from runtime.engines import make_engine, require_engine
-from runtime.metrics import Logger, require_logger
+from runtime.metrics import Logger, multiplied_weights, require_logger
 from runtime.models import check_numbers, model_digest, open_tokenizer, read_config
 from tasks import arithmetic
 from tasks.reward_function import RewardFunction, require_reward, reward_source
@@ -58,6 +58,7 @@ class Run(Opened):
     verifier: object = None
     logger: Logger | None = None
     bar: tqdm | None = None
+    weights: int = 0  # metrics.multiplied_weights of the model
     skipped: int = 0  # updates skipped in a row
 
     def close(self):
@@ -203,6 +204,7 @@ def load(c: Config, run: Run):
     torch.manual_seed(c.seed)  # after the engine, whose start reseeds; nothing below draws
     model = distributed.load_policy(path, device)
     check_numbers(engine, model, run.longest, device)
+    run.weights = multiplied_weights(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay
     )
