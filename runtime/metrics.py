@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,46 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[f"time/{name}"] = time.perf_counter() - start
+
+
+class Progress:
+    """Two bars on a terminal: the steps, and below it the summaries graded since the last line of
+    the log, since a step or an evaluation can take minutes.
+
+    Nothing where stderr is no terminal, and nothing from other processes than the first.
+    """
+
+    def __init__(self, c, steps: int, first_step: int):
+        disable = None if distributed.rank() == 0 else True  # None: where stderr is no terminal
+        budgets = len(c.budget_prior.budgets)
+        self.steps = tqdm(
+            total=steps, initial=first_step, desc=c.experiment, unit="step", disable=disable
+        )
+        self.graded = tqdm(
+            total=c.questions_per_step * c.num_rollouts * budgets * c.num_summaries,
+            bar_format="{n_fmt} summaries graded (a step has {total_fmt}), {elapsed}, {rate_noinv_fmt}",
+            unit="",
+            miniters=1,  # or a guess from a fast step would stall the next, slow one
+            leave=False,
+            disable=disable,
+        )
+        self.samplers = distributed.world_size() // c.tensor_parallel_size
+
+    def counting(self, grade: Callable) -> Callable:
+        """`grade`, counted. Assume that the other processes progress at the same rate."""
+
+        def grade_and_count(rollout, summary):
+            self.graded.update(self.samplers)
+            return grade(rollout, summary)
+
+        return grade_and_count
+
+    def restart_count(self):
+        self.graded.reset()
+
+    def close(self):
+        self.graded.close()
+        self.steps.close()
 
 
 def multiplied_weights(model) -> int:
@@ -113,7 +154,8 @@ def log_step(c, run, step: Step):
         for r in step.rollouts[:: c.num_rollouts][:SAMPLES_PER_STEP]:
             text = readable(r, c.budget_prior.budgets, run.tokenizer)
             append(run.dir / "samples.jsonl", {"step": step.number, **text})
-        run.bar.update()
+        run.bar.steps.update()
+        run.bar.restart_count()
         say(
             f"step {step.number:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
             f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
@@ -272,6 +314,7 @@ def log_evaluation(run, step: int, curve: dict):
     run.history.append({"step": step, **curve, "settings": run.evaluation})
     if distributed.rank() > 0:
         return
+    run.bar.restart_count()
     before, after = before_and_after(run.history)
     append(run.dir / "evals.jsonl", after)
     rundir.write(run.dir / "eval.json", json.dumps({**after, "before": before}, indent=1))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from packing import check_attention
 from rewards import answer_paragraph
@@ -22,7 +21,7 @@ from runtime import checkpoint, distributed, rundir
 from runtime.config import Config, Evaluation, batch_arithmetic, check
 from runtime.data import load_questions, make_questions, set_names
 from runtime.engines import make_engine, require_engine
-from runtime.metrics import Logger, multiplied_weights, require_logger
+from runtime.metrics import Logger, Progress, multiplied_weights, require_logger
 from runtime.models import check_numbers, model_digest, open_tokenizer, read_config
 from tasks import arithmetic
 from tasks.reward_function import RewardFunction, require_reward, reward_source
@@ -57,7 +56,7 @@ class Run(Opened):
     history: list = field(default_factory=list)  # evaluations so far
     verifier: object = None
     logger: Logger | None = None
-    bar: tqdm | None = None
+    bar: Progress | None = None
     weights: int = 0  # metrics.multiplied_weights of the model
     skipped: int = 0  # updates skipped in a row
 
@@ -212,14 +211,8 @@ def load(c: Config, run: Run):
         checkpoint.load_checkpoint(run.checkpoint, model, optimizer)
         engine.sync_weights(distributed.full_weights(model), version=run.first_step)
     run.verifier = make_verifier(c)
-    run.grade = make_grader(run.verifier, run.tokenizer, run.markers)
-    run.bar = tqdm(
-        total=run.steps,
-        initial=run.first_step,
-        desc=c.experiment,
-        unit="step",
-        disable=None if first else True,  # None: no bar where stderr is no terminal
-    )
+    run.bar = Progress(c, run.steps, run.first_step)
+    run.grade = run.bar.counting(make_grader(run.verifier, run.tokenizer, run.markers))
     if first:  # Written last: its presence marks a started run.
         rundir.write(run.dir / "config.json", json.dumps(asdict(c), indent=1))
     return engine, model, optimizer

@@ -1,5 +1,6 @@
 """Loggers beside metrics.jsonl, and output that reads well in a file."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import train
 from runtime.config import parse
 from runtime.metrics import (
     Logger,
+    Progress,
     flat,
     flops_utilization,
     multiplied_weights,
@@ -62,6 +64,32 @@ def test_an_input_embedding_counts_for_mfu_where_the_head_is_the_same_matrix():
         counts.append(multiplied_weights(model))
         assert counts[-1] == layers + model.config.hidden_size + head  # with the last norm
     assert counts[0] == counts[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind, rank", [(Terminal, 0), (Terminal, 1), (io.StringIO, 0)])
+def test_graded_summaries_are_counted_on_a_terminal_alone(kind, rank, monkeypatch):
+    """Two processes: each grades half, and the first one speaks for both."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "stderr", stderr := kind())
+    bars = Progress(parse(SMALL), steps=2, first_step=0)
+    grade = bars.counting(lambda rollout, summary: (rollout, summary))
+    assert [grade("r", i) for i in range(3)] == [("r", i) for i in range(3)]
+    bars.graded.refresh()
+    text = stderr.getvalue()
+    bars.restart_count()
+    again = stderr.getvalue().removeprefix(text)
+    bars.close()
+    if rank == 0 and kind is Terminal:
+        assert "6 summaries graded (a step has 32)" in text
+        assert "0 summaries graded (a step has 32)" in again
+    else:
+        assert stderr.getvalue() == ""
 
 
 class FakeWandb(SimpleNamespace):
