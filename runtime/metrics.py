@@ -66,9 +66,10 @@ class Progress:
         self.steps = tqdm(
             total=steps, initial=first_step, desc=c.experiment, unit="step", disable=disable
         )
+        graded = "{n_fmt} summaries graded (a step has {total_fmt})"
         self.graded = tqdm(
             total=c.questions_per_step * c.num_rollouts * budgets * c.num_summaries,
-            bar_format="{n_fmt} summaries graded (a step has {total_fmt}), {elapsed}, {rate_noinv_fmt}",
+            bar_format=graded + ", {elapsed}, {rate_noinv_fmt}",
             unit="",
             miniters=1,  # or a guess from a fast step would stall the next, slow one
             leave=False,
