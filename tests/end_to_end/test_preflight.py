@@ -48,6 +48,8 @@ def test_a_sampler_that_misses_its_sync_fails_and_all_else_passes(
     failed = {"the same after a weight sync", "the same after a resume"}
     expected = {part: "FAIL" if part in failed else "ok" for part in PARTS}
     assert verdicts(capfd.readouterr().out) == expected
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "metrics.jsonl" in left and not left & {"checkpoints", "model"}
 
 
 def test_a_wrong_mask_fails(tiny_model_path, monkeypatch):
