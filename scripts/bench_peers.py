@@ -123,10 +123,12 @@ def by_trl(trainer: GRPOTrainer, batches):
 
 
 def by_packing(model, trees: list[Tree], max_tokens: int):
+    model.set_attn_implementation("sdpa_by_tree")  # as training has it on CPUs
     for row in pack_share(trees, 0, 1, max_tokens):
         logp = token_logprobs(model, row)
         loss, _ = brpo.policy_loss(logp, logp.detach(), row.advantages, row.trained, 1.0)
         loss.backward()
+    model.set_attn_implementation("sdpa")  # what TRL's sides find
 
 
 def anytime_sides(thinking: int, width: int = 256):
