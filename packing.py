@@ -261,8 +261,8 @@ def check_model(model, row: Row, hidden: Tensor):
     seen = row.input_ids[is_visible(last, index, row.branch, row.trunk, row.trunk_end)]
     implementation = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
-    # forward, not __call__: FSDP has gathered the root for token_logprobs.
-    plain = model.forward(input_ids=seen[None], use_cache=False, logits_to_keep=1).logits[0]
+    # Not model(): FSDP has gathered the root. Not model.forward: accelerate's computes in bfloat16.
+    plain = type(model).forward(model, seen[None], use_cache=False, logits_to_keep=1).logits[0]
     model.set_attn_implementation(implementation)
     ours = model.get_output_embeddings()(hidden[last : last + 1])
     gap = (ours - plain).abs().max() / plain.abs().max().clamp_min(1)

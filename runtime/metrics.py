@@ -6,8 +6,10 @@ docs/metrics.md explains each key: what it is, and which values are healthy.
 import importlib.util
 import json
 import math
+import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,11 @@ LOUD_FAILURE_SHARE = 0.02  # of the gradings that score 0 for another reason tha
 LOUD_GRAD_NORM = 1e3  # × max_grad_norm, before clipping
 FINISHES = ("closed", "eos", "length")  # of a trace, see rollout.Rollout
 SAMPLES_PER_STEP = 2  # rollouts that samples.jsonl keeps as text, of one question each
+# Dense bfloat16 peaks by the datasheets, in TFLOP/s; the first name that matches counts.
+PEAK_TFLOPS = {
+    **{"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
+    **{"H200 NVL": 835, "H200": 989, "B200": 2250},
+}
 
 
 class Clock:
@@ -45,6 +52,72 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[f"time/{name}"] = time.perf_counter() - start
+
+
+class Progress:
+    """Two bars on a terminal: the steps, and below it the summaries graded since the last line of
+    the log, since a step or an evaluation can take minutes.
+
+    Nothing where stderr is no terminal, and nothing from other processes than the first.
+    """
+
+    def __init__(self, c, steps: int, first_step: int):
+        disable = None if distributed.rank() == 0 else True  # None: where stderr is no terminal
+        budgets = len(c.budget_prior.budgets)
+        self.steps = tqdm(
+            total=steps, initial=first_step, desc=c.experiment, unit="step", disable=disable
+        )
+        graded = "{n_fmt} summaries graded (a step has {total_fmt})"
+        self.graded = tqdm(
+            total=c.questions_per_step * c.num_rollouts * budgets * c.num_summaries,
+            bar_format=graded + ", {elapsed}, {rate_noinv_fmt}",
+            unit="",
+            miniters=1,  # or a guess from a fast step would stall the next, slow one
+            leave=False,
+            disable=disable,
+        )
+        self.samplers = distributed.world_size() // c.tensor_parallel_size
+
+    def counting(self, grade: Callable) -> Callable:
+        """`grade`, counted. Assume that the other processes progress at the same rate."""
+
+        def grade_and_count(rollout, summary):
+            self.graded.update(self.samplers)
+            return grade(rollout, summary)
+
+        return grade_and_count
+
+    def restart_count(self):
+        self.graded.reset()
+
+    def close(self):
+        self.graded.close()
+        self.steps.close()
+
+
+def multiplied_weights(model) -> int:
+    """The number N of weights that multiply every token: all but an untied input embedding, of
+    which a token only looks one row up."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    unused = 0 if tied else model.get_input_embeddings().weight.numel()
+    return sum(p.numel() for p in model.parameters()) - unused
+
+
+def flops_utilization(
+    weights: int, tokens: float, seconds: float, processes: int, gpu: str
+) -> float | None:
+    """MFU, the share of the GPUs' peak that forward and backward of the trained tokens take.
+
+        6 · N · T / (seconds · W · peak)
+
+    N `weights` that multiply, T trained `tokens`, W `processes` with a GPU each. A lower bound:
+    prompts, appended text, attention scores and recomputation are work too and not counted.
+    None where the peak of `gpu` (its name) is not known; a MIG slice has a part of it only.
+    """
+    peaks = [peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)]
+    if not peaks or "MIG" in gpu:
+        return None
+    return 6 * weights * tokens / (seconds * processes * peaks[0] * 1e12)
 
 
 class Update(NamedTuple):
@@ -77,18 +150,19 @@ def log_step(c, run, step: Step):
     for u in step.updates:
         run.skipped = 0 if u.applied else run.skipped + 1
     if distributed.rank() == 0:
-        m = metrics_of(c, step, sums, graded)
+        m = metrics_of(c, run.weights, step, sums, graded)
         append(run.dir / "metrics.jsonl", rundir.without_nan(m))
         run.logger.log(step.number, rundir.without_nan(m))
         for r in step.rollouts[:: c.num_rollouts][:SAMPLES_PER_STEP]:
             text = readable(r, c.budget_prior.budgets, run.tokenizer)
             append(run.dir / "samples.jsonl", {"step": step.number, **text})
-        run.bar.update()
+        run.bar.steps.update()
+        run.bar.restart_count()
         say(
             f"step {step.number:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
             f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
             f"loss {m['loss']:+.2e}  grad {max(m['grad_norm']):.2e}  clip {m['clip_share']:.3f}  "
-            f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s"
+            f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s  {throughput(m)}"
         )
         for warning in warnings(c, m, step):
             say(f"WARNING step {step.number}: {warning}")
@@ -102,13 +176,25 @@ def append(path: Path, line: dict):
         f.write(json.dumps(line) + "\n")
 
 
-def metrics_of(c, step: Step, sums: list[dict], graded: list[dict]) -> dict:
-    """The step's line in metrics.jsonl. sums (of every row) and graded: of all processes."""
+def throughput(m: dict) -> str:
+    """The speed of a step, at the end of its line. `m`: the step's metrics."""
+    sampled, trained = m["sampled_tokens_per_second"], m["trained_tokens_per_second"]
+    mfu = f"  mfu {m['mfu']:.1%}" if "mfu" in m else ""
+    return f"tokens/s sampled {sampled:,.0f} trained {trained:,.0f}{mfu}"
+
+
+def metrics_of(c, weights: int, step: Step, sums: list[dict], graded: list[dict]) -> dict:
+    """The step's line in metrics.jsonl. sums (of every row) and graded: of all processes.
+
+    `weights`: multiplied_weights of the model.
+    """
     rollouts, rewards, returns = step.rollouts, step.rewards, step.returns
     lengths = torch.tensor([len(r.thinking) for r in rollouts]).reshape(rewards.shape[:2])  # [B, G]
     summaries = [s for r in rollouts for s in r.summaries]
     total = {k: sum(s[k] for s in sums) for k in sums[0]}
     per_token = {k: total[k] / total["tokens"] for k in total}
+    sampled = int(lengths.sum()) + sum(len(s.tokens) for s in summaries)
+    seconds = step.clock.seconds
     m = {
         "step": step.number,
         "anytime_reward": returns[..., 0].mean().item(),
@@ -126,7 +212,9 @@ def metrics_of(c, step: Step, sums: list[dict], graded: list[dict]) -> dict:
         "grad_norm": [u.grad_norm for u in step.updates],
         "skipped_updates": sum(not u.applied for u in step.updates),
         **{f"verifier/{k}": sum(g[k] for g in graded) for k in graded[0]},
-        **step.clock.seconds,
+        "sampled_tokens_per_second": sampled / seconds["time/sample"],
+        "trained_tokens_per_second": total["tokens"] / seconds["time/update"],
+        **seconds,
         "time/step": time.perf_counter() - step.clock.start,
     }
     prior = (rewards, returns, c.budget_prior.budgets, c.budget_prior.probs, c.decay)
@@ -134,6 +222,11 @@ def metrics_of(c, step: Step, sums: list[dict], graded: list[dict]) -> dict:
         for name, values in brpo.variance_diagnostics(*prior, chosen).items():
             m[f"{prefix}/{name}"] = values.tolist()
     if torch.cuda.is_available():
+        gpu, update = torch.cuda.get_device_name(), seconds["time/update"]
+        world = distributed.world_size()
+        mfu = flops_utilization(weights, total["tokens"], update, world, gpu)
+        if mfu is not None:
+            m["mfu"] = mfu
         m["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return m
 
@@ -229,6 +322,7 @@ def log_evaluation(run, step: int, curve: dict):
     run.history.append({"step": step, **curve, "settings": run.evaluation})
     if distributed.rank() > 0:
         return
+    run.bar.restart_count()
     before, after = before_and_after(run.history)
     append(run.dir / "evals.jsonl", after)
     rundir.write(run.dir / "eval.json", json.dumps({**after, "before": before}, indent=1))

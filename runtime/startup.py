@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from brpo import BASELINES
 from packing import check_attention
@@ -21,7 +20,7 @@ from runtime import checkpoint, distributed, rundir
 from runtime.config import Config, Evaluation, batch_arithmetic, check, identity
 from runtime.data import load_questions, make_questions, set_names
 from runtime.engines import make_engine, require_engine
-from runtime.metrics import Logger, require_logger
+from runtime.metrics import Logger, Progress, multiplied_weights, require_logger
 from runtime.models import check_numbers, model_digest, open_tokenizer, read_config
 from tasks import arithmetic
 from tasks.reward_function import RewardFunction, require_reward, reward_source
@@ -56,7 +55,8 @@ class Run(Opened):
     history: list = field(default_factory=list)  # evaluations so far
     verifier: object = None
     logger: Logger | None = None
-    bar: tqdm | None = None
+    bar: Progress | None = None
+    weights: int = 0  # metrics.multiplied_weights of the model
     skipped: int = 0  # updates skipped in a row
 
     def close(self):
@@ -210,6 +210,7 @@ def load(c: Config, run: Run):
     torch.manual_seed(c.seed)  # after the engine, whose start reseeds; nothing below draws
     model = distributed.load_policy(path, device)
     check_numbers(engine, model, run.longest, device)
+    run.weights = multiplied_weights(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay
     )
@@ -217,14 +218,8 @@ def load(c: Config, run: Run):
         checkpoint.load_checkpoint(run.checkpoint, model, optimizer)
         engine.sync_weights(distributed.full_weights(model), version=run.first_step)
     run.verifier = make_verifier(c)
-    run.grade = make_grader(run.verifier, run.tokenizer, run.markers)
-    run.bar = tqdm(
-        total=run.steps,
-        initial=run.first_step,
-        desc=c.experiment,
-        unit="step",
-        disable=None if first else True,  # None: no bar where stderr is no terminal
-    )
+    run.bar = Progress(c, run.steps, run.first_step)
+    run.grade = run.bar.counting(make_grader(run.verifier, run.tokenizer, run.markers))
     if first:  # Written last: its presence marks a started run.
         rundir.write_settings(run.dir, asdict(c))
     return engine, model, optimizer

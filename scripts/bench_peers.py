@@ -2,7 +2,7 @@
 
     pip install trl==1.16.0                                  # beside requirements.txt
     OMP_NUM_THREADS=1 python scripts/bench_peers.py          # all parts, ten minutes of one core
-    python scripts/bench_peers.py anytime memory plain generation --repeats 5
+    python scripts/bench_peers.py anytime --thinking 512 1024 --repeats 3    a part of them
 
 anytime      forward + backward of one trace with 4 budgets × 4 summaries: a packed row against
              TRL's loss, in batches of like length (the trace; each cut) or in one padded batch
@@ -46,6 +46,7 @@ except ImportError as error:
     ) from None
 
 VOCABULARY, PROMPT, SUMMARY, M, A = 4096, 64, 32, 4, 4
+LENGTHS = (512, 1024, 2048)  # of thinking
 
 
 def make_model(width: int = 256):
@@ -122,10 +123,12 @@ def by_trl(trainer: GRPOTrainer, batches):
 
 
 def by_packing(model, trees: list[Tree], max_tokens: int):
+    model.set_attn_implementation("sdpa_by_tree")  # as training has it on CPUs
     for row in pack_share(trees, 0, 1, max_tokens):
         logp = token_logprobs(model, row)
         loss, _ = brpo.policy_loss(logp, logp.detach(), row.advantages, row.trained, 1.0)
         loss.backward()
+    model.set_attn_implementation("sdpa")  # what TRL's sides find
 
 
 def anytime_sides(thinking: int, width: int = 256):
@@ -218,7 +221,7 @@ def largest_gap(model, sides: dict) -> float:
     return max(((g - found[0]).norm() / found[0].norm()).item() for g in found)
 
 
-def bench_anytime(repeats: int, lengths=(512, 1024, 2048)):
+def bench_anytime(repeats: int, lengths=LENGTHS):
     for thinking in lengths:
         model, sides = anytime_sides(thinking)
         gap = largest_gap(model, sides)
@@ -271,10 +274,12 @@ def main():
     )
     parser.add_argument("parts", nargs="*", default="all", choices=["all", *parts, "peak"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--thinking", type=int, nargs="+", default=LENGTHS)
     a = parser.parse_args()
     torch.set_num_threads(1)
     for part in parts if "all" in a.parts else a.parts:
-        globals()[f"bench_{part}"](a.repeats)
+        lengths = [a.thinking] if part == "anytime" else []
+        globals()[f"bench_{part}"](a.repeats, *lengths)
 
 
 if __name__ == "__main__":

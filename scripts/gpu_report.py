@@ -265,8 +265,9 @@ def update(a: Arguments, device) -> Rows:
         assert train.update(model, optimizer, rows, c).applied
 
     def figure(seconds, share):
+        speed = f"{seconds:.2f} s, {tokens / seconds:,.0f} tokens/s"
         mfu = flops * share / seconds / a.peak_tflops / 1e12
-        return f"{seconds:.2f} s, {tokens / seconds:,.0f} tokens/s, MFU {mfu:.1%}"
+        return speed + (f", MFU {mfu:.1%}" if device.type == "cuda" else "")
 
     out = [(f"{len(trees)} trees", f"{tokens:,} tokens in {len(rows)} rows, {flops:.3g} FLOPs")]
     out.append(("log-probs of these", figure(median_seconds(log_probs, a.repeats), 1 / 3)))
@@ -278,14 +279,15 @@ def update(a: Arguments, device) -> Rows:
 
 
 def packed_against_separate(a: Arguments, device) -> Rows:
-    """Forward and backward of 4 trees, as trees and as sequences of their own."""
+    """Forward and backward of some trees, as trees and as sequences of their own."""
     model, out = make_policy(a, device), []
-    trees = random_trees(4, a.budgets, 4, model.config.vocab_size)
+    trees = random_trees(2 if a.tiny else 4, a.budgets, 4, model.config.vocab_size)
     for name, some in (("packed trees", trees), ("separate sequences", separate_trees(trees))):
         rows = [row.to(device) for row in pack_share(some, 0, 1, a.row_tokens, 128)]
         seconds = median_seconds(partial(forward_backward, model, rows), 1)
         tokens = sum(len(t) for t in some)
-        out.append((f"4 traces with all summaries, {name}", f"{seconds:.2f} s, {tokens:,} tokens"))
+        what = f"{len(trees)} traces with all summaries, {name}"
+        out.append((what, f"{seconds:.2f} s, {tokens:,} tokens"))
     return out
 
 
@@ -353,7 +355,7 @@ def flex_kernel(a: Arguments, c, row) -> Rows:
 
 def sampling(a: Arguments, device) -> Rows:
     """The plain engine at full width: speed, weight sync, its log-probs beside the trainer's."""
-    longest = 64 if a.tiny else 256
+    longest, traces = (64, 4) if a.tiny else (256, 32)
     path = write_model(a, a.results / "model")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     engine = PlainEngine(str(path), device, dtype)
@@ -361,10 +363,11 @@ def sampling(a: Arguments, device) -> Rows:
     markers = Markers(2, (1,), AFTER_CUT, AFTER_CLOSED, 20)
     budgets, rollouts = (longest // 2, longest), []
     question = Question(0, "", "", tuple(range(10, 50)))
-    settings = Sampling(budgets, 4 if a.tiny else 32, 4, 1.0, (0, 0))
+    settings = Sampling(budgets, traces, 4, 1.0, (0, 0))
     seconds = timed(lambda: rollouts.extend(sample_rollouts(engine, [question], settings, markers)))
     count = sum(len(r.thinking) + sum(len(s.tokens) for s in r.summaries) for r in rollouts)
-    out = [("sampling by transformers, 32 traces of 256", f"{count / seconds:,.0f} tokens/s")]
+    what = f"sampling by transformers, {traces} traces of {longest}"
+    out = [(what, f"{count / seconds:,.0f} tokens/s")]
     trees = []
     for r in rollouts:
         branches = [Branch(s.cut, s.appended, s.tokens, 0, s.logp) for s in r.summaries if s.tokens]
@@ -390,15 +393,15 @@ def preflight_passes(a: Arguments, device) -> Rows:
 def whole_step(a: Arguments, device) -> Rows:
     """train.py itself: two steps with every part of them."""
     path = write_model(a, a.results / "step-model")
-    small = "--max-budget 512 --num-rollouts 4 --questions-per-step 4 --steps 2 --save-every 0"
-    if a.tiny:
-        small = small.replace("512", "48")
-    small += " --eval-questions 2 --eval-samples 1 --num-eval-budgets 1 --updates-per-step 2"
+    budget = 48 if a.tiny else 512
+    small = f"--max-budget {budget} --num-rollouts 4 --questions-per-step 4 --steps 2"
+    small += " --save-every 0 --updates-per-step 2"
+    small += " --eval-questions 2 --eval-samples 1 --num-eval-budgets 1"
     run(a, "train.py", *flags_of(a, path), *small.split())
     lines = (a.results / "runs" / path.name / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     times = [f"{k.removeprefix('time/')} {x:.1f} s" for k, x in last.items() if "time/" in k]
-    what = "the second step of 16 traces, budget 512, by the plain engine"
+    what = f"the second step of 16 traces, budget {budget}, by the plain engine"
     return [(what, ", ".join(times)), ("its sampler gap", f"{last['sampler_gap']:.1e}")]
 
 

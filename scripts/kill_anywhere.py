@@ -41,7 +41,7 @@ from transformers import (  # noqa: F401
 import train
 from runtime import distributed
 from runtime.config import parse
-from scripts.ranks import run_ranks
+from scripts.ranks import lines_that_repeat, run_ranks
 from tasks import arithmetic
 
 # Step 0 to 4 with a checkpoint after steps 1, 2 and 4: one is deleted, one replaced by nothing.
@@ -101,15 +101,9 @@ def launch(args: list[str], processes: int, out: Path, log=None, kill_at=0, numb
 def result(out: Path) -> dict:
     """What must repeat."""
 
-    def lines(name):
-        return [
-            {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "verifier/"))}
-            for line in (out / name).read_text().splitlines()
-        ]
-
     return {
-        "metrics": lines("metrics.jsonl"),
-        "evaluations": lines("evals.jsonl"),
+        "metrics": lines_that_repeat(out / "metrics.jsonl"),
+        "evaluations": lines_that_repeat(out / "evals.jsonl"),
         "eval.json": json.loads((out / "eval.json").read_text()),
         "left over": [p.name for p in out.rglob("*.tmp")],
         "model": (out / "model" / "model.safetensors").read_bytes(),

@@ -1,12 +1,16 @@
 """A check of this machine: every part of a run once, small, before the long run is paid for.
 
-    torchrun --nproc_per_node 8 scripts/preflight.py --preset paper-8k    about 3 minutes (untried)
+    torchrun --nproc_per_node 8 scripts/preflight.py --preset paper-8k    the paper's model
     python scripts/preflight.py                                           the miniature, on a CPU
 
 Takes every flag of train.py; budgets, rollouts and questions are SMALL unless given by hand. Trains
 two steps of the real model with evaluation and checkpoints, takes the second one again from the
 first one's checkpoint, then tries the training forward alone. Prints a verdict for every part; exit
-code 1 if one fails. Writes into --output-dir only (runs/preflight, emptied at each start).
+code 1 if one fails. How long it takes at 1.5B is unknown: that has not run yet.
+
+Writes into --output-dir (runs/preflight, emptied at each start; the miniature's base into runs/):
+at most two checkpoints of 12 bytes a weight and the model twice, which is 28 bytes a weight for a
+bfloat16 model, or 50 GB for the paper's. At the end the logs alone are left.
 """
 
 import json
@@ -112,6 +116,9 @@ def main(args: list[str]) -> bool:
     for name, seconds in second.items():
         if name.startswith("time/"):
             say(f"a small step, {name.removeprefix('time/')}", f"{seconds:.1f} s")
+    if distributed.rank() == 0:
+        for large in (checkpoints, out / "model"):
+            shutil.rmtree(large)
     distributed.stop()
     return all(good)
 

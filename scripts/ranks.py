@@ -1,9 +1,12 @@
 """Ranks without a launcher: forked from a parent that has imported everything already.
 
-torchrun imports torch anew in every process, which takes seconds; a fork takes milliseconds.
+torchrun imports torch anew in every process, which takes seconds; a fork takes milliseconds. Also
+what two runs are compared by.
 """
 
+import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -73,3 +76,12 @@ def _fork(function, rank: int, world: int, port: int, output: Path) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)  # without the parent's exit handlers
+
+
+def lines_that_repeat(path: Path) -> list[dict]:
+    """A run's log without the clock, and without how often the verifier's cache was hit."""
+    varying = re.compile(r"time/|verifier/|.*_per_second$|mfu$")
+    return [
+        {k: v for k, v in json.loads(line).items() if not varying.match(k)}
+        for line in path.read_text().splitlines()
+    ]

@@ -15,6 +15,7 @@ import train
 from runtime import distributed
 from runtime.config import parse
 from runtime.startup import expensive_evaluation
+from scripts.ranks import lines_that_repeat
 from tests.conftest import run_script
 
 SMALL = [
@@ -25,12 +26,8 @@ SMALL = [
 
 
 def metrics_of(directory) -> list[dict]:
-    """The metrics that must repeat: not the clock, nor how often the verifier's cache was hit."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "verifier/"))}
-        for line in lines
-    ]
+    """The metrics that must repeat."""
+    return lines_that_repeat(directory / "metrics.jsonl")
 
 
 def assert_equal_metrics(a: list[dict], b: list[dict], tolerance: float, rel: float = 1e-3):

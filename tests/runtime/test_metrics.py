@@ -1,5 +1,6 @@
 """Loggers beside metrics.jsonl, and output that reads well in a file."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,16 @@ import pytest
 
 import train
 from runtime.config import parse
-from runtime.metrics import Logger, flat, require_logger, say
+from runtime.metrics import (
+    Logger,
+    Progress,
+    flat,
+    flops_utilization,
+    multiplied_weights,
+    require_logger,
+    say,
+)
+from tasks import arithmetic
 
 SMALL = (
     "--questions-per-step 2 --num-rollouts 2 --num-summaries 2 --steps 2 --save-every 0 "
@@ -26,6 +36,60 @@ def test_a_logger_that_is_not_installed_is_refused_with_the_fix(monkeypatch):
     with pytest.raises(ValueError, match="pip install wandb"):
         require_logger("wandb")
     require_logger("none")
+
+
+@pytest.mark.parametrize(
+    "gpu, share",
+    [
+        ("NVIDIA H100 80GB HBM3", 6e9 * 1e6 / (10 * 8 * 989e12)),
+        ("NVIDIA H100 PCIe", 6e9 * 1e6 / (10 * 8 * 756e12)),
+        ("NVIDIA A100-SXM4-80GB", 6e9 * 1e6 / (10 * 8 * 312e12)),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("", None),
+    ],
+)
+def test_mfu_by_hand(gpu, share):
+    """A billion weights, a million tokens in 10 s on 8 GPUs."""
+    found = flops_utilization(10**9, 1e6, 10.0, 8, gpu)
+    assert found == (share and pytest.approx(share))
+
+
+def test_an_input_embedding_counts_for_mfu_where_the_head_is_the_same_matrix():
+    counts = []
+    for tied in (False, True):
+        model = arithmetic.make_model(tie_word_embeddings=tied)
+        layers = sum(p.numel() for p in model.model.layers.parameters())
+        head = model.lm_head.weight.numel()
+        counts.append(multiplied_weights(model))
+        assert counts[-1] == layers + model.config.hidden_size + head  # with the last norm
+    assert counts[0] == counts[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind, rank", [(Terminal, 0), (Terminal, 1), (io.StringIO, 0)])
+def test_graded_summaries_are_counted_on_a_terminal_alone(kind, rank, monkeypatch):
+    """Two processes: each grades half, and the first one speaks for both."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "stderr", stderr := kind())
+    bars = Progress(parse(SMALL), steps=2, first_step=0)
+    grade = bars.counting(lambda rollout, summary: (rollout, summary))
+    assert [grade("r", i) for i in range(3)] == [("r", i) for i in range(3)]
+    bars.graded.refresh()
+    text = stderr.getvalue()
+    bars.restart_count()
+    again = stderr.getvalue().removeprefix(text)
+    bars.close()
+    if rank == 0 and kind is Terminal:
+        assert "6 summaries graded (a step has 32)" in text
+        assert "0 summaries graded (a step has 32)" in again
+    else:
+        assert stderr.getvalue() == ""
 
 
 class FakeWandb(SimpleNamespace):
@@ -59,6 +123,13 @@ def test_wandb_gets_the_keys_of_metrics_jsonl_and_a_log_file_gets_no_bar(
     for (_, values), line in zip(logged[1:3], metrics):
         assert values == {k: v for k, v in flat(line).items() if k != "step"}
         assert values["reward/4"] == line["reward"][3]
+        # 2 questions × 2 rollouts × 4 budgets × 2 summaries
+        sampled = 4 * line["thinking_tokens"] + 32 * line["summary_tokens"]
+        assert line["sampled_tokens_per_second"] * line["time/sample"] == pytest.approx(sampled)
+        trained = line["trained_tokens_per_second"] * line["time/update"]
+        assert trained == pytest.approx(line["trained_tokens"]) and "mfu" not in line
+        speed = f"tokens/s sampled {line['sampled_tokens_per_second']:,.0f} trained "
+        assert speed in text
     for _, values in (logged[0], logged[3]):
         assert {"eval/accuracy/2", "eval/sets/miniature/final_accuracy"} <= values.keys()
 
