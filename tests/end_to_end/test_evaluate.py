@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,7 @@ from runtime.data import PAPER_SETS, Question
 from runtime.engines import PlainEngine
 from runtime.watch import ask
 from tasks.verifier import Verifier
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 from tests.end_to_end.test_families import TINY
 from tests.runtime.test_tokenizers import r1_tokenizer
 
@@ -156,7 +158,7 @@ def test_records_belong_to_one_model_and_one_setting(trained_model_path, tmp_pat
 
 
 def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path, tmp_path, capsys):
-    flags = "--eval-questions 8 --eval-samples 2 --eval-budgets 12 24 48 --questions-per-step 4"
+    flags = "--eval-questions 8 --eval-samples 2 --eval-budgets 12 24 36 48 --questions-per-step 4"
     flags += " --num-rollouts 4 --steps 1 --seed 3 --output-dir"
     run = tmp_path / "run"
     train.train(parse(["--model", str(trained_model_path), *flags.split(), str(run)]))
@@ -167,13 +169,45 @@ def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path,
     samples = [json.loads(line) for line in (run / "samples.jsonl").open()]
     assert len(samples) == 2 and [cut["budget"] for cut in samples[0]["cuts"]] == [16, 32, 48, 64]
     assert samples[0]["question"] != samples[1]["question"]
-    flags = "--questions 8 --samples 2 --seed 3 --budgets 12 24 48"
+    flags = "--questions 8 --samples 2 --seed 3 --budgets 12 24 36 48"
     evaluate.main([str(run / "model"), *flags.split()])
     ours = eval_json(run / "evaluation")
     assert {k: trainers[k] for k in ours} == ours  # the picture's and the table's numbers, all
     accuracy = " ".join(f"{x:.3f}" for x in ours["accuracy"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert f"run {accuracy} {ours['anytime_accuracy']:.3f}" in lines
+    check_glossary(run)
+
+
+def keys_of(value) -> set[str]:
+    """All keys of a JSON value, at any depth, but not the names of sets."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if not isinstance(value, dict):
+        return set()
+    named = {"sets", "data"} & value.keys()
+    inner = [x for k in named for x in value[k].values()] + [value[k] for k in value.keys() - named]
+    return set(value) | keys_of(inner)
+
+
+def check_glossary(run):
+    """What a run has written and what docs/metrics.md explains are the same keys, file by file."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    elsewhere = {"models", "paired_differences", "from", "to", "difference", "peak_memory_gb"}
+    explained = {}
+    for file in ("metrics.jsonl", "samples.jsonl", "eval.json"):
+        table = text.split(f"| key in `{file}` |")[1].split("\n\n")[0]
+        explained[file] = set(re.findall(r"^\| `([^`]+)`", table, re.M))
+    explained["eval.json"] |= explained["samples.jsonl"]  # of its example
+    explained["evals.jsonl"] = explained["eval.json"] - {"before"}
+    for file, patterns in explained.items():
+        text = (run / file).read_text()
+        written = keys_of(
+            [json.loads(x) for x in (text.splitlines() if file[-1] == "l" else [text])]
+        )
+        missing = {k for k in written if not any(fnmatch(k, p) for p in patterns)}
+        unused = {p for p in patterns if not any(fnmatch(k, p) for k in written)} - elsewhere
+        assert len(written) > 8 and not missing and not unused, (file, missing, unused)
 
 
 @pytest.mark.skipif(
