@@ -3,7 +3,9 @@
 A record is one evaluated trace, as plain JSON:
 
     {"question": 0..B-1, "sample": 0..S-1, "thinking_tokens": |z|, "finish": "closed",
-     "summary_tokens": tokens of its summaries, mean, "scores": [[A of them] for each of M budgets]}
+     "summary_tokens": tokens of each summary, "scores", "answers": the boxed text or null}
+
+The last three are lists of A for each of M budgets.
 
 Statistics are computed from means over questions, and their standard errors by the bootstrap over
 questions (samples of one question are not independent), seeded with the evaluation's seed.
@@ -18,31 +20,39 @@ import numpy as np
 import torch
 
 import brpo
-from rewards import cumulative_returns, mean_rewards
+from rewards import answer_paragraph, cumulative_returns, mean_rewards
 from rollout import Rollout, Sampling
 from runtime import rundir
 from runtime.models import model_digest
-from runtime.watch import readable
+from runtime.stopping import PATIENCES, stopped
+from runtime.watch import answer_text, readable
 from tasks.reward_function import reward_source
+from tasks.verifier import extract_answer
 
 # After the M accuracies: what else is averaged over the traces of a question.
 COLUMNS = ("thinking_tokens", "closed", "overthinking", "summary_tokens")
 Sets = dict[str, np.ndarray]  # {set: [B, M + 4]}, see per_question
 RESAMPLES = 1000
+FORMAT = 2  # of records and of the sampler behind them: those of another one are not read
 
 
 def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     """What is kept of a trace; of the very first one, its text too."""
     draws = len(r.summaries) // len(budgets)
-    # Verdicts as whole numbers, which read and store better; a reward function may score between.
-    scores = [s.score if s.score % 1 else int(s.score) for s in r.summaries]
+
+    def by_budget(values: list) -> list[list]:
+        return [values[i : i + draws] for i in range(0, len(values), draws)]
+
+    texts = [answer_paragraph(answer_text(s, tokenizer)) for s in r.summaries]
     kept = {
         "question": r.question.index,
         "sample": r.sample,
         "finish": r.finish,
         "thinking_tokens": len(r.thinking),
-        "summary_tokens": sum(len(s.tokens) for s in r.summaries) / len(r.summaries),
-        "scores": [scores[i : i + draws] for i in range(0, len(scores), draws)],
+        "summary_tokens": by_budget([len(s.tokens) for s in r.summaries]),
+        # Whole numbers read and store better; a reward function may score between 0 and 1.
+        "scores": by_budget([s.score if s.score % 1 else int(s.score) for s in r.summaries]),
+        "answers": by_budget([extract_answer(text) for text in texts]),
     }
     if r.question.index == r.sample == 0:
         kept["example"] = readable(r, budgets, tokenizer)
@@ -51,7 +61,8 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
 
 def fingerprint(model: str, reward: str, *settings) -> str:
     """A hash of all that records depend on besides their questions."""
-    return rundir.digest(model_digest(model) or model, reward_source(reward), settings)[:16]
+    parts = (FORMAT, model_digest(model) or model, reward_source(reward), settings)
+    return rundir.digest(*parts)[:16]
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -68,9 +79,12 @@ def write_records(folder: Path, records: list[dict]):
 def curve_of(records: dict[str, list[dict]], sampling: Sampling) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of_set) for name, of_set in records.items()}
+    summary = summarise(columns, sampling.budgets, sampling.seed[0])
+    for name, rules in stopping_figure(records, sampling.budgets, sampling.seed[0]).items():
+        (summary if name == "mean" else summary["sets"][name])["stopping"] = rules
     return {
         "budgets": list(sampling.budgets),
-        **summarise(columns, sampling.budgets, sampling.seed[0]),
+        **summary,
         "samples": sampling.num_rollouts,
         "temperature": sampling.temperature,
         "seed": sampling.seed[0],
@@ -95,7 +109,8 @@ def per_question(records: list[dict]) -> np.ndarray:
         rewards = [sum(scores) / len(scores) for scores in r["scores"]]
         overthinking = max(rewards) > rewards[-1]
         closed = r["finish"] == "closed"
-        return [*rewards, r["thinking_tokens"], closed, overthinking, r["summary_tokens"]]
+        summary_tokens = np.mean(r["summary_tokens"])
+        return [*rewards, r["thinking_tokens"], closed, overthinking, summary_tokens]
 
     return np.array([np.mean([columns(r) for r in q], axis=0) for q in by_question(records)])
 
@@ -178,6 +193,35 @@ def paired_differences(first: Sets, second: Sets, budgets: tuple[int, ...], seed
             d = b[name][k] - x
             out[name][k] = {"difference": d[0].tolist(), "stderr": _spread(d[1:]).tolist()}
     return rundir.without_nan(out)
+
+
+def stopping_figure(sets: dict[str, list[dict]], budgets: tuple[int, ...], seed: int) -> dict:
+    """What stopping early comes to, and its paired difference from thinking to the end.
+
+    {"mean" or a set: [a rule each: to the end, then k = 1, 2, 3 with every k' of A]}.
+    """
+    draws = len(next(iter(sets.values()))[0]["scores"][0])
+    rules = [(None, 1), *((k, agree) for k in PATIENCES for agree in range(1, draws + 1))]
+    rows = {}
+    for number, (name, records) in enumerate(sets.items()):
+        means = [  # over the samples of each question, [B][rules, 3]
+            np.mean([[stopped(r, budgets, *rule) for rule in rules] for r in samples], axis=0)
+            for samples in by_question(records)
+        ]
+        rows[name] = resample(np.reshape(means, (len(means), -1)), seed, number)
+    rows = {"mean": np.mean(list(rows.values()), axis=0), **rows}
+    names, out = ("accuracy", "thinking_tokens", "all_tokens"), {}
+    for name, x in rows.items():
+        x = x.reshape(-1, len(rules), 3)
+        parts = x[0], _spread(x[1:]), (x - x[:, :1])[0], _spread(x[1:] - x[1:, :1])
+        out[name] = [
+            {"patience": k, "agree": agree}
+            | dict(zip(names, value))
+            | {"errors": dict(zip(names, error))}
+            | {"differences": {n: {"difference": a, "stderr": b} for n, a, b in zip(names, d, e)}}
+            for (k, agree), value, error, d, e in zip(rules, *(part.tolist() for part in parts))
+        ]
+    return out
 
 
 def _spread(drawn: np.ndarray) -> np.ndarray:

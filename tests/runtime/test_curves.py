@@ -25,7 +25,7 @@ def record(question, sample, scores, tokens=5, finish="closed"):
         "sample": sample,
         "thinking_tokens": tokens,
         "finish": finish,
-        "summary_tokens": 4.0,
+        "summary_tokens": [[4] * len(s) for s in scores],
         "scores": scores,
     }
 
@@ -36,14 +36,23 @@ def random_columns(n, seed, shift=0.0):
     return np.concatenate([accuracy, rng.random((n, 4))], axis=1)
 
 
-def test_a_record_keeps_fractional_scores_and_writes_verdicts_as_whole_numbers():
+def test_a_record_keeps_scores_answers_and_tokens():
     question = SimpleNamespace(index=1)
     summaries = [SimpleNamespace(score=s, tokens=[1]) for s in (0.25, 1.0, 0.0, 0.5)]
     rollout = SimpleNamespace(
         question=question, sample=0, finish="closed", thinking=[1], summaries=summaries
     )
-    scores = curves.record(rollout, (10, 20), None)["scores"]
-    assert scores == [[0.25, 1], [0, 0.5]] and type(scores[0][1]) is int
+    words = {1: r"so \boxed{7}", 2: "\n\n\\boxed{x}.\n\n\\boxed{8}<|end|>", 3: "8<|end|>"}
+    tokenizer = SimpleNamespace(eos_token="<|end|>", decode=lambda ids: words[ids[0]])
+    for summary, token in zip(summaries, (1, 2, 3, 1)):
+        summary.tokens = [token] * token
+    kept = curves.record(rollout, (10, 20), tokenizer)
+    assert kept["scores"] == [[0.25, 1], [0, 0.5]] and type(kept["scores"][0][1]) is int
+    assert kept["answers"] == [
+        ["7", "x"],
+        [None, "7"],
+    ]  # as they are graded: of the first paragraph
+    assert kept["summary_tokens"] == [[1, 2], [3, 1]]
 
 
 def test_a_question_is_the_mean_of_its_samples():
