@@ -119,11 +119,19 @@ def statistics_of(means: np.ndarray, budgets: tuple[int, ...]) -> dict[str, np.n
     """The curve and its summary numbers, from means over questions. [..., M + 4] -> {name: [...]}.
 
     anytime_accuracy = (1/M) Σ_j accuracy_j        final_accuracy = accuracy_M
+    anytime_index = area under Q* from b_1 to b_M, over (b_M - b_1) Q_max     arXiv 2601.11038
+        Q*_j = max_{i≤j} accuracy_i       Q_max = 1; in anytime_index_relative the largest Q*
     """
     accuracy = means[..., : len(budgets)]
+    best = np.maximum.accumulate(accuracy, -1)  # Q*
+    with np.errstate(invalid="ignore"):  # nan for a single budget, or without a right answer
+        index = np.trapezoid(best, budgets) / np.float64(budgets[-1] - budgets[0])
+        relative = index / best[..., -1]
     return {
         "accuracy": accuracy,
         "anytime_accuracy": accuracy.mean(-1),
+        "anytime_index": index,
+        "anytime_index_relative": relative,
         "final_accuracy": accuracy[..., -1],
         "tokens_to_90": tokens_to_90(accuracy, budgets),
         **{name: means[..., len(budgets) + i] for i, name in enumerate(COLUMNS)},

@@ -88,6 +88,17 @@ def test_anytime_accuracy_is_the_mean_over_budgets():
     assert statistics["final_accuracy"] == 0.6 and statistics["thinking_tokens"] == 7
 
 
+def test_the_anytime_index_by_hand():
+    """Q* of the first row: 0.2, 0.6, 0.6. Trapezoids (0.4 · 10 + 0.6 · 20) / 30 = 16 / 30."""
+    rows = np.array([[0.2, 0.6, 0.4, 7, 1, 0, 4], [0.5, 0.5, 0.5, 7, 1, 0, 4], [0.0] * 7])
+    statistics = statistics_of(rows, BUDGETS)
+    assert statistics["anytime_index"] == pytest.approx([16 / 30, 0.5, 0])
+    relative = statistics["anytime_index_relative"]
+    assert relative == pytest.approx([16 / 18, 1, np.nan], nan_ok=True)
+    single = statistics_of(np.array([0.2, 7, 1, 0, 4]), (10,))
+    assert np.isnan(single["anytime_index"]) and single["anytime_accuracy"] == 0.2
+
+
 def test_the_bootstraps_standard_error_of_a_mean_is_the_textbooks():
     columns = random_columns(80, 0)
     described = summarise({"a": columns}, BUDGETS, seed=0)
