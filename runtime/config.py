@@ -304,7 +304,8 @@ class Evaluation:
 
     models: tyro.conf.Positional[Names] = ()  # Model directories or hub names.
     ask: str = ""  # Answer this one question, as the model thinks about it.
-    summaries: Count = 1  # A, per budget; more of them only sharpen the estimate.
+    patience: CountOrZero = 0  # Then stop at the same answer at so many budgets in a row; 0: never.
+    summaries: Count = 1  # A, per budget; more of them sharpen the estimate, and vote when to stop.
     chunk: CountOrZero = 0  # Questions between two writes of the records; 0: automatic.
     output_dir: str = ""  # Where the results go; default: evaluation/ beside the first model.
 

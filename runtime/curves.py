@@ -3,7 +3,7 @@
 A record is one evaluated trace, as plain JSON:
 
     {"question": 0..B-1, "sample": 0..S-1, "thinking_tokens": |z|, "finish": "closed",
-     "summary_tokens": tokens of each summary, "scores", "answers": the boxed text or null}
+     "summary_tokens": tokens of each summary, "scores", "answers": what it boxed or null}
 
 The last three are lists of A for each of M budgets.
 
@@ -52,7 +52,7 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
         "summary_tokens": by_budget([len(s.tokens) for s in r.summaries]),
         # Whole numbers read and store better; a reward function may score between 0 and 1.
         "scores": by_budget([s.score if s.score % 1 else int(s.score) for s in r.summaries]),
-        "answers": by_budget([extract_answer(text) for text in texts]),
+        "answers": by_budget([extract_answer(text) or None for text in texts]),
     }
     if r.question.index == r.sample == 0:
         kept["example"] = readable(r, budgets, tokenizer)

@@ -73,6 +73,14 @@ def test_the_curve_by_hand(tiny_model_path):
     assert [cut["thinking"] for cut in cuts] == [" =1", " =2", " =3", "</think>"]
     assert [cut["score"] for cut in cuts] == [0.0, 0.0, 1.0, 1.0]
     assert curve["sets"]["a"]["thinking_tokens"] == 4 and curve["sets"]["a"]["closed"] == 1.0
+    # It answers 1, 2, 3 within the trace and 3 at its end: never twice the same before that.
+    summary = len(tokenizer.encode("\\boxed{3}<|end|>", add_special_tokens=False))
+    expected = {None: (0.5, 4, 4 + summary), 1: (0, 1, 1 + summary)}
+    expected |= dict.fromkeys((2, 3), (0.5, 4, 4 + 4 * summary))
+    for rule in curve["sets"]["a"]["stopping"]:
+        found = [rule[name] for name in ("accuracy", "thinking_tokens", "all_tokens")]
+        assert tuple(found) == expected[rule["patience"]]
+    assert curve["stopping"][1]["differences"]["accuracy"]["difference"] == -0.75
 
 
 def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_model_path, tmp_path):
@@ -99,6 +107,17 @@ def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_mode
     assert "Paired differences" in text and f"{rise['difference']:+.3f}" in text
     assert (tmp_path / "out" / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert trained["variance"] is None  # 7.5 is no budget
+    assert trained["stopping"][0]["accuracy"] == trained["final_accuracy"]  # to the end, A = 1
+    assert trained["stopping"][0]["thinking_tokens"] == trained["thinking_tokens"]
+    first = sorted((tmp_path / "out" / "records").iterdir(), key=lambda p: p.stat().st_mtime)[0]
+    kept = [r for file in first.glob("*/*.json") for r in json.loads(file.read_text())]
+    saved = 0
+    for r in kept:  # patience 1 and two budgets within a trace: at the first boxed answer
+        cuts = [b for (a,), b in zip(r["answers"], (5, 17)) if a and b < r["thinking_tokens"]]
+        saved += r["thinking_tokens"] - min(cuts, default=r["thinking_tokens"])
+    d = trained["stopping"][1]["differences"]["thinking_tokens"]["difference"]
+    assert len(kept) == 80 and d == pytest.approx(-saved / 80) and d < 0
+    assert f"| to the end | {trained['final_accuracy']:.3f} ± " in text
 
 
 def eval_json(directory) -> dict:
@@ -229,7 +248,7 @@ def test_the_papers_sets_are_five_panels_and_five_rows(tmp_path, monkeypatch):
     flags += " --prompt-template {question} --output-dir"
     evaluate.main([str(tmp_path / "model"), *flags.split(), str(tmp_path / "out")])
     assert list(eval_json(tmp_path / "out")["sets"]) == list(PAPER_SETS)
-    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    table = (tmp_path / "out" / "table.md").read_text().split("\n\n")[0].splitlines()
     assert [line.split(" | ")[1] for line in table[2:]] == ["mean", *PAPER_SETS]
 
 
@@ -259,6 +278,40 @@ def test_ask_prints_each_answer_at_its_budget(budgets, trained_model_path):
         start = end
     printed = "".join(line for line in text.split("\n")[1:] if not line.startswith("    after"))
     assert printed == tokenizer.decode(r.thinking)
+
+
+class SteadyEngine(CountingEngine):
+    """Thinks ` =1 =2 =2 =2 ...`, a token a step; boxes the last digit it can see."""
+
+    sampled = 0
+
+    def step(self):
+        (thinking,) = [r for r in self.queue if r.stream]
+        summaries, self.queue = [r for r in self.queue if not r.stream], [thinking]
+        self.sampled += 1
+        tokens = self.encode(" =1" if self.sampled == 1 else " =2")
+        outputs = [Output(thinking.id, tokens, [0.0], self.sampled == thinking.max_tokens)]
+        for r in summaries:
+            seen = [self.digits[i] for i in r.prompt if i in self.digits]
+            tokens = self.encode(f"\\boxed{{{seen[-1]}}}<|end|>")
+            outputs.append(Output(r.id, tokens, [0.0] * len(tokens), True))
+        return outputs
+
+
+@pytest.mark.parametrize("patience, budget", [(1, 1), (2, 3), (3, 4)])
+def test_ask_stops_once_the_answer_has_stayed_the_same(patience, budget, tiny_model_path):
+    """It answers 1, 2, 2, 2; two draws each."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    opened = SimpleNamespace(tokenizer=tokenizer, markers=Markers.from_tokenizer(tokenizer, 7))
+    question = Question(0, "2 +0 ?", "", tuple(tokenizer.encode("+ ?<think>")))
+    engine, out = SteadyEngine(tokenizer), io.StringIO()
+    ask(engine, question, Sampling((1, 2, 3, 4, 64), 1, 2, 1.0, (0,)), opened, "", patience, out)
+    lines = [line for line in out.getvalue().splitlines() if "after" in line or "stopped" in line]
+    assert (
+        lines[-2].endswith(f"after {budget} tokens: {min(budget, 2)}") and len(lines) == budget + 1
+    )
+    assert engine.sampled == budget + 1  # the answer came a step later
+    assert f"{patience} budgets in a row" in lines[-1] and f" {64 - budget - 1} were" in lines[-1]
 
 
 def test_ask_on_the_command_line(trained_model_path, capsys):
