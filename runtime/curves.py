@@ -3,9 +3,8 @@
 A record is one evaluated trace, as plain JSON:
 
     {"question": 0..B-1, "sample": 0..S-1, "thinking_tokens": |z|, "finish": "closed",
-     "summary_tokens": tokens of each summary, "scores", "answers": what it boxed or null}
-
-The last three are lists of A for each of M budgets.
+     "cuts": [M of them], and for each budget and draw, [[A of them] for each of M budgets],
+     "scores", "answers": what was boxed or null, "summary_tokens": tokens of each}
 
 Statistics are computed from means over questions, and their standard errors by the bootstrap over
 questions (samples of one question are not independent), seeded with the evaluation's seed.
@@ -24,14 +23,16 @@ from rewards import answer_paragraph, cumulative_returns, mean_rewards
 from rollout import Rollout, Sampling
 from runtime import rundir
 from runtime.models import model_digest
-from runtime.stopping import PATIENCES, stopped
+from runtime.stopping import rules, stopped
 from runtime.watch import answer_text, readable
 from tasks.reward_function import reward_source
 from tasks.verifier import extract_answer
 
 # After the M accuracies: what else is averaged over the traces of a question.
 COLUMNS = ("thinking_tokens", "closed", "overthinking", "summary_tokens")
-Sets = dict[str, np.ndarray]  # {set: [B, M + 4]}, see per_question
+# And of each of R stopping rules (stopping.py), in this order.
+STOPPED = ("stopped_accuracy", "stopped_thinking_tokens", "stopped_all_tokens")
+Sets = dict[str, np.ndarray]  # {set: [B, M + 4 + 3R]}, see per_question
 RESAMPLES = 1000
 FORMAT = 2  # of records and of the sampler behind them: those of another one are not read
 
@@ -49,6 +50,7 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
         "sample": r.sample,
         "finish": r.finish,
         "thinking_tokens": len(r.thinking),
+        "cuts": [s.cut for s in r.summaries[::draws]],
         "summary_tokens": by_budget([len(s.tokens) for s in r.summaries]),
         # Whole numbers read and store better; a reward function may score between 0 and 1.
         "scores": by_budget([s.score if s.score % 1 else int(s.score) for s in r.summaries]),
@@ -79,12 +81,11 @@ def write_records(folder: Path, records: list[dict]):
 def curve_of(records: dict[str, list[dict]], sampling: Sampling) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of_set) for name, of_set in records.items()}
-    summary = summarise(columns, sampling.budgets, sampling.seed[0])
-    for name, rules in stopping_figure(records, sampling.budgets, sampling.seed[0]).items():
-        (summary if name == "mean" else summary["sets"][name])["stopping"] = rules
+    patience, agree = zip(*rules(sampling.num_summaries))
     return {
         "budgets": list(sampling.budgets),
-        **summary,
+        **summarise(columns, sampling.budgets, sampling.seed[0]),
+        "stopping": {"patience": patience, "agree": agree},
         "samples": sampling.num_rollouts,
         "temperature": sampling.temperature,
         "seed": sampling.seed[0],
@@ -100,7 +101,8 @@ def by_question(records: list[dict]) -> list[list[dict]]:
 
 
 def per_question(records: list[dict]) -> np.ndarray:
-    """Means over the samples of each question: accuracy at M budgets, then COLUMNS. [B, M + 4].
+    """Means over the samples of each question: accuracy at M budgets, COLUMNS, and STOPPED at each
+    of R rules. [B, M + 4 + 3R].
 
     overthinking = share of traces with max_k r_k > r_M        right earlier, wrong at the end
     """
@@ -109,21 +111,24 @@ def per_question(records: list[dict]) -> np.ndarray:
         rewards = [sum(scores) / len(scores) for scores in r["scores"]]
         overthinking = max(rewards) > rewards[-1]
         closed = r["finish"] == "closed"
-        summary_tokens = np.mean(r["summary_tokens"])
-        return [*rewards, r["thinking_tokens"], closed, overthinking, summary_tokens]
+        stops = np.transpose([stopped(r, *rule) for rule in rules(len(r["scores"][0]))]).ravel()
+        tokens = r["thinking_tokens"], np.mean(r["summary_tokens"])
+        return [*rewards, tokens[0], closed, overthinking, tokens[1], *stops]
 
     return np.array([np.mean([columns(r) for r in q], axis=0) for q in by_question(records)])
 
 
 def statistics_of(means: np.ndarray, budgets: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The curve and its summary numbers, from means over questions. [..., M + 4] -> {name: [...]}.
+    """The curve and its summary numbers, from means over questions. [..., K] -> {name: [...]}.
 
     anytime_accuracy = (1/M) Σ_j accuracy_j        final_accuracy = accuracy_M
     anytime_index = area under Q* from b_1 to b_M, over (b_M - b_1) Q_max     arXiv 2601.11038
         Q*_j = max_{i≤j} accuracy_i       Q_max = 1; in anytime_index_relative the largest Q*
+    stopped_difference = stopped_accuracy - that of thinking to the end, rule by rule
     """
     accuracy = means[..., : len(budgets)]
     best = np.maximum.accumulate(accuracy, -1)  # Q*
+    stops = dict(zip(STOPPED, np.split(means[..., len(budgets) + len(COLUMNS) :], 3, -1)))
     with np.errstate(invalid="ignore"):  # nan for a single budget, or without a right answer
         index = np.trapezoid(best, budgets) / np.float64(budgets[-1] - budgets[0])
         relative = index / best[..., -1]
@@ -135,6 +140,8 @@ def statistics_of(means: np.ndarray, budgets: tuple[int, ...]) -> dict[str, np.n
         "final_accuracy": accuracy[..., -1],
         "tokens_to_90": tokens_to_90(accuracy, budgets),
         **{name: means[..., len(budgets) + i] for i, name in enumerate(COLUMNS)},
+        **stops,
+        "stopped_difference": stops[STOPPED[0]] - stops[STOPPED[0]][..., :1],
     }
 
 
@@ -201,35 +208,6 @@ def paired_differences(first: Sets, second: Sets, budgets: tuple[int, ...], seed
             d = b[name][k] - x
             out[name][k] = {"difference": d[0].tolist(), "stderr": _spread(d[1:]).tolist()}
     return rundir.without_nan(out)
-
-
-def stopping_figure(sets: dict[str, list[dict]], budgets: tuple[int, ...], seed: int) -> dict:
-    """What stopping early comes to, and its paired difference from thinking to the end.
-
-    {"mean" or a set: [a rule each: to the end, then k = 1, 2, 3 with every k' of A]}.
-    """
-    draws = len(next(iter(sets.values()))[0]["scores"][0])
-    rules = [(None, 1), *((k, agree) for k in PATIENCES for agree in range(1, draws + 1))]
-    rows = {}
-    for number, (name, records) in enumerate(sets.items()):
-        means = [  # over the samples of each question, [B][rules, 3]
-            np.mean([[stopped(r, budgets, *rule) for rule in rules] for r in samples], axis=0)
-            for samples in by_question(records)
-        ]
-        rows[name] = resample(np.reshape(means, (len(means), -1)), seed, number)
-    rows = {"mean": np.mean(list(rows.values()), axis=0), **rows}
-    names, out = ("accuracy", "thinking_tokens", "all_tokens"), {}
-    for name, x in rows.items():
-        x = x.reshape(-1, len(rules), 3)
-        parts = x[0], _spread(x[1:]), (x - x[:, :1])[0], _spread(x[1:] - x[1:, :1])
-        out[name] = [
-            {"patience": k, "agree": agree}
-            | dict(zip(names, value))
-            | {"errors": dict(zip(names, error))}
-            | {"differences": {n: {"difference": a, "stderr": b} for n, a, b in zip(names, d, e)}}
-            for (k, agree), value, error, d, e in zip(rules, *(part.tolist() for part in parts))
-        ]
-    return out
 
 
 def _spread(drawn: np.ndarray) -> np.ndarray:

@@ -40,7 +40,12 @@ TABLE = (
     ("overthinking", "overthinking", 3),
     ("summary tokens", "summary_tokens", 1),
 )
-STOPS = (("accuracy", 3), ("thinking_tokens", 1), ("all_tokens", 1))  # of its table of stopping
+STOPS = (
+    ("accuracy", "stopped_accuracy", 3),
+    ("thinking tokens", "stopped_thinking_tokens", 1),
+    ("all sampled tokens", "stopped_all_tokens", 1),
+    ("accuracy, minus to the end", "stopped_difference", 3),
+)
 
 
 def labels_of(models: tuple[str, ...]) -> dict[str, str]:
@@ -118,12 +123,12 @@ def _draw_lines(axes, curves: dict[str, dict], colours: dict[str, str]):
         axes.fill_between(x, y - error, y + error, color=colour, alpha=0.18, linewidth=0)
         dots = 3.5 if len(y) <= 12 else 0
         axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=dots, clip_on=False)
-        for rule in curve.get("stopping", []):
-            if rule["patience"] and rule["agree"] == 1:
-                point = rule["thinking_tokens"], rule["accuracy"]
+        for i, (k, agree) in enumerate(zip(*curve.get("stopping", {}).values())):
+            if k and agree == 1:
+                point = curve["stopped_thinking_tokens"][i], curve["stopped_accuracy"][i]
                 axes.scatter(*point, marker="D", s=26, fc="white", ec=colour, lw=1.2, zorder=3)
                 look = {"textcoords": "offset points", "color": colour, "fontsize": 8}
-                axes.annotate(rule["patience"], point, (5, -9), **look)
+                axes.annotate(k, point, (5, -9), **look)
     axes.set_ylim(0, 1)  # the same for all sets
     axes.set_xlim(left=0)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -170,20 +175,15 @@ def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -
 
 
 def stopping_table(curves: dict[str, dict]) -> str:
-    """What stopping early comes to, mean over sets, and its difference from not stopping."""
-    head = ["model", "patience", "accuracy", "thinking tokens", "all sampled tokens"]
-    head += ["accuracy, minus to the end", "all tokens, minus to the end"]
+    """What stopping early comes to, mean over sets; only for k' = 1, of which most depends on k."""
     rows = []
-    for label, curve in curves.items():
-        for rule in (x for x in curve.get("stopping", []) if x["agree"] == 1):
-            values = [cell(rule[name], rule["errors"][name], n) for name, n in STOPS]
-            pairs = [(rule["differences"][name].values(), n) for name, n in (STOPS[0], STOPS[2])]
-            if rule["patience"]:
-                values += [cell(*pair, n, sign="+") for pair, n in pairs]
-            rows.append([label, str(rule["patience"] or "to the end"), *values])
-    rows = [row + [""] * (len(head) - len(row)) for row in rows]
+    for label, x in curves.items():
+        for i, (k, agree) in enumerate(zip(*x["stopping"].values())):
+            cells = [cell(x[key][i], x["errors"][key][i], n) for _, key, n in STOPS]
+            if agree == 1:
+                rows.append([label, str(k or "to the end"), *cells])
     what = "Stopped once the answer had stayed the same at as many budgets in a row"
-    return f"{what}:\n\n{markdown(head, rows)}"
+    return f"{what}:\n\n{markdown(['model', 'patience', *(c for c, _, _ in STOPS)], rows)}"
 
 
 def cell(value: float | None, error: float | None, decimals: int = 3, sign: str = "") -> str:

@@ -10,9 +10,10 @@ A trace that ends before is not stopped.
 
 from collections import Counter
 
-from budgets import cut_lengths
 
-PATIENCES = (1, 2, 3)  # k, of an evaluation
+def rules(draws: int) -> list[tuple[int, int]]:
+    """(k, k') of an evaluation with A = `draws`. The first thinks to the end: k = 0."""
+    return [(0, 1), *((k, agree) for k in (1, 2, 3) for agree in range(1, draws + 1))]
 
 
 def majority(answers: list[str | None]) -> int:
@@ -34,19 +35,17 @@ def stopping_cut(answers: list[list[str | None]], patience: int, agree: int = 1)
     return None
 
 
-def stopped(r: dict, budgets: tuple[int, ...], patience: int | None, agree: int = 1) -> list[float]:
+def stopped(r: dict, patience: int, agree: int = 1) -> tuple[float, int, int]:
     """What a record (curves.py) comes to: the score of the majority answer where its trace stops,
     tokens of thinking, and all sampled tokens, summaries included.
 
-    Summaries are sampled at every cut up to τ, or at those within the trace and at its end. Without
-    patience nobody watches, and they are sampled at the end alone.
+    Summaries are sampled at every cut up to τ, or at those within the trace and at its end; with
+    patience 0 nobody watches, and they are sampled at the end alone.
     """
-    cuts = cut_lengths(r["thinking_tokens"], budgets)
-    within = [j for j, cut in enumerate(cuts) if cut < r["thinking_tokens"]]
-    last, before = len(cuts) - 1, []
-    if patience is not None:
+    within = [j for j, cut in enumerate(r["cuts"]) if cut < r["thinking_tokens"]]
+    last, before = len(r["cuts"]) - 1, []
+    if patience:
         tau = stopping_cut([r["answers"][j] for j in within], patience, agree)
         last, before = (last, within) if tau is None else (tau, within[:tau])
-    summaries = sum(sum(r["summary_tokens"][j]) for j in [*before, last])
-    score = r["scores"][last][majority(r["answers"][last])]
-    return [score, cuts[last], cuts[last] + summaries]
+    thinking, score = r["cuts"][last], r["scores"][last][majority(r["answers"][last])]
+    return score, thinking, thinking + sum(sum(r["summary_tokens"][j]) for j in [*before, last])

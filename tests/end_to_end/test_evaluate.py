@@ -16,6 +16,7 @@ import train
 from evaluate import EVALUATION, anytime_curve
 from rollout import Markers, Output, Sampling, make_grader, sample_rollouts
 from runtime.config import parse
+from runtime.curves import STOPPED
 from runtime.data import PAPER_SETS, Question
 from runtime.engines import PlainEngine
 from runtime.watch import ask
@@ -75,12 +76,11 @@ def test_the_curve_by_hand(tiny_model_path):
     assert curve["sets"]["a"]["thinking_tokens"] == 4 and curve["sets"]["a"]["closed"] == 1.0
     # It answers 1, 2, 3 within the trace and 3 at its end: never twice the same before that.
     summary = len(tokenizer.encode("\\boxed{3}<|end|>", add_special_tokens=False))
-    expected = {None: (0.5, 4, 4 + summary), 1: (0, 1, 1 + summary)}
+    expected = {0: (0.5, 4, 4 + summary), 1: (0, 1, 1 + summary)}
     expected |= dict.fromkeys((2, 3), (0.5, 4, 4 + 4 * summary))
-    for rule in curve["sets"]["a"]["stopping"]:
-        found = [rule[name] for name in ("accuracy", "thinking_tokens", "all_tokens")]
-        assert tuple(found) == expected[rule["patience"]]
-    assert curve["stopping"][1]["differences"]["accuracy"]["difference"] == -0.75
+    stops = zip(*(curve["sets"]["a"][name] for name in STOPPED))
+    assert dict(zip(curve["stopping"]["patience"], stops)) == expected
+    assert curve["stopped_difference"] == [0, -0.75, 0, 0]
 
 
 def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_model_path, tmp_path):
@@ -107,16 +107,16 @@ def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_mode
     assert "Paired differences" in text and f"{rise['difference']:+.3f}" in text
     assert (tmp_path / "out" / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert trained["variance"] is None  # 7.5 is no budget
-    assert trained["stopping"][0]["accuracy"] == trained["final_accuracy"]  # to the end, A = 1
-    assert trained["stopping"][0]["thinking_tokens"] == trained["thinking_tokens"]
+    assert trained["stopped_accuracy"][0] == trained["final_accuracy"]  # to the end, A = 1
+    assert trained["stopped_thinking_tokens"][0] == trained["thinking_tokens"]
     first = sorted((tmp_path / "out" / "records").iterdir(), key=lambda p: p.stat().st_mtime)[0]
     kept = [r for file in first.glob("*/*.json") for r in json.loads(file.read_text())]
     saved = 0
     for r in kept:  # patience 1 and two budgets within a trace: at the first boxed answer
         cuts = [b for (a,), b in zip(r["answers"], (5, 17)) if a and b < r["thinking_tokens"]]
         saved += r["thinking_tokens"] - min(cuts, default=r["thinking_tokens"])
-    d = trained["stopping"][1]["differences"]["thinking_tokens"]["difference"]
-    assert len(kept) == 80 and d == pytest.approx(-saved / 80) and d < 0
+    found = trained["thinking_tokens"] - trained["stopped_thinking_tokens"][1]
+    assert len(kept) == 80 and found == pytest.approx(saved / 80) and found > 0
     assert f"| to the end | {trained['final_accuracy']:.3f} ± " in text
 
 
@@ -212,7 +212,7 @@ def keys_of(value) -> set[str]:
 def check_glossary(run):
     """What a run has written and what docs/metrics.md explains are the same keys, file by file."""
     text = (ROOT / "docs" / "metrics.md").read_text()
-    elsewhere = {"models", "paired_differences", "from", "to", "peak_memory_gb"}
+    elsewhere = {"models", "paired_differences", "from", "to", "difference", "peak_memory_gb"}
     explained = {}
     for file in ("metrics.jsonl", "samples.jsonl", "eval.json"):
         table = text.split(f"| key in `{file}` |")[1].split("\n\n")[0]

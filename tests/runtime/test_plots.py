@@ -45,15 +45,13 @@ def test_a_picture_shows_the_mean_and_every_set_with_labels(sets, tmp_path, monk
 
 def test_points_stand_where_stopping_comes_to(tmp_path, monkeypatch):
     """For k' = 1; a row of the table for each of them, and for thinking to the end."""
-    names, seen = ("accuracy", "thinking_tokens", "all_tokens"), []
-    rules = [(None, 1), (1, 1), (1, 2), (2, 1)]
-    stopping = [
-        {"patience": k, "agree": agree, **dict(zip(names, (0.2 + 0.1 * i, 10.0 + i, 50.0 + i)))}
-        | {"errors": dict.fromkeys(names, 0.01)}
-        | {"differences": {n: {"difference": 0.3, "stderr": 0.02} for n in names}}
-        for i, (k, agree) in enumerate(rules)
-    ]
-    described = curve(["a"])[0] | {"stopping": stopping}
+    described, seen = curve(["a"])[0], []
+    stopping = {"patience": [0, 1, 1, 2], "agree": [1, 1, 2, 1]}
+    numbers = {"accuracy": [0.2, 0.3, 0.4, 0.5], "thinking_tokens": [10, 11, 12, 13]}
+    numbers |= {"all_tokens": [50, 51, 52, 53], "difference": [0, 0.1, 0.2, 0.3]}
+    for x in (described, described["sets"]["a"]):
+        x |= {"stopping": stopping} | {f"stopped_{k}": v for k, v in numbers.items()}
+        x["errors"] |= {f"stopped_{k}": [0.01] * 4 for k in numbers}
 
     def spy(figure, *args, **kwargs):
         (axes,) = figure.axes
@@ -61,12 +59,11 @@ def test_points_stand_where_stopping_comes_to(tmp_path, monkeypatch):
         assert [t.get_text() for t in axes.texts][:2] == ["1", "2"]
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", spy)
-    described["sets"]["a"]["stopping"] = stopping
     draw_curves({"x": described}, tmp_path / "curve.png")
     assert seen == [pytest.approx([11, 0.3]), pytest.approx([13, 0.5])]
     rows = [line for line in table({"x": described}).splitlines() if line.startswith("| x | ")]
     assert rows[1].startswith("| x | to the end | 0.200 ± 0.010 | 10.0 ± 0.0 | 50.0 ± 0.0 |")
-    assert rows[2].endswith("| 11.0 ± 0.0 | 51.0 ± 0.0 | +0.300 ± 0.020 | +0.3 ± 0.0 |")
+    assert rows[2].endswith("| 0.300 ± 0.010 | 11.0 ± 0.0 | 51.0 ± 0.0 | 0.100 ± 0.010 |")
     assert [row.split(" | ")[1] for row in rows[1:]] == ["to the end", "1", "2"]
 
 

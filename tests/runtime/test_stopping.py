@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from runtime.curves import stopping_figure
-from runtime.stopping import PATIENCES, majority, stopped, stopping_cut
+from runtime.curves import STOPPED, per_question, summarise
+from runtime.stopping import majority, rules, stopped, stopping_cut
 
 
 def test_the_majority_by_hand():
@@ -28,17 +28,17 @@ def test_what_stopping_costs_by_hand():
     """A trace of 25 tokens, cut at 10, 20 and twice at its end."""
     r = {
         "thinking_tokens": 25,
+        "cuts": [10, 20, 25, 25],
         "answers": [["4"], ["4"], ["4"], ["5"]],
         "scores": [[0], [0], [0], [1]],
         "summary_tokens": [[3], [5], [7], [9]],
     }
-    budgets = (10, 20, 30, 40)
-    assert stopped(r, budgets, None) == [1, 25, 25 + 9]  # one summary, where the trace ends
-    assert stopped(r, budgets, 1) == [0, 10, 10 + 3]
-    assert stopped(r, budgets, 2) == [0, 20, 20 + 3 + 5]
+    assert stopped(r, 0) == (1, 25, 25 + 9)  # one summary, where the trace ends
+    assert stopped(r, 1) == (0, 10, 10 + 3)
+    assert stopped(r, 2) == (0, 20, 20 + 3 + 5)
     # Three in a row are complete only at the end, where there is nothing left to stop; of the two
     # draws there, the one that a run without stopping gives.
-    assert stopped(r, budgets, 3) == [1, 25, 25 + 3 + 5 + 9]
+    assert stopped(r, 3) == (1, 25, 25 + 3 + 5 + 9)
 
 
 def test_stopping_by_brute_force():
@@ -48,6 +48,7 @@ def test_stopping_by_brute_force():
         {
             "question": q,
             "sample": s,
+            "finish": "closed",
             "thinking_tokens": int(rng.integers(1, 11)),
             "answers": [[[None, "1", "2"][i] for i in row] for row in rng.integers(0, 3, (5, A))],
             "scores": rng.integers(0, 2, (5, A)).tolist(),
@@ -56,6 +57,9 @@ def test_stopping_by_brute_force():
         for q in range(40)
         for s in range(2)
     ]
+
+    for r in records:
+        r["cuts"] = [min(b, r["thinking_tokens"]) for b in budgets]
 
     def expected(r, k, agree):
         z = r["thinking_tokens"]
@@ -67,32 +71,28 @@ def test_stopping_by_brute_force():
         fits = [
             j
             for j in range(5)
-            if k is not None and k <= j + 1 and budgets[j] < z and answer[j] is not None
+            if k and k <= j + 1 and budgets[j] < z and answer[j] is not None
             if all(answer[i] == answer[j] for i in range(j - k + 1, j + 1))
             if all(votes[i][answer[j]] >= agree for i in range(j - k + 1, j + 1))
         ]
         j = min(fits, default=4)
-        asked = [i for i in range(5) if i < j and budgets[i] < z and k is not None] + [j]
+        asked = [i for i in range(5) if i < j and budgets[i] < z and k] + [j]
         draw = r["answers"][j].index(answer[j])
         cost = min(budgets[j], z)
         return [r["scores"][j][draw], cost, cost + sum(sum(r["summary_tokens"][i]) for i in asked)]
 
-    half = [r | {"question": r["question"] - 20} for r in records[40:]]
-    figure = stopping_figure({"a": records[:40], "b": half}, budgets, seed=0)
-    rules = [(None, 1), *((k, agree) for k in PATIENCES for agree in (1, 2, 3))]
-    assert [(x["patience"], x["agree"]) for x in figure["mean"]] == rules and set(figure) > {"a"}
-    stops = 0
-    for rule, found in zip(rules, figure["mean"]):
+    sets = {"a": per_question(records[:40]), "b": per_question(records[40:])}
+    summary, stops = summarise(sets, budgets, seed=0), 0
+    base = np.array([expected(r, 0, 1) for r in records])
+    assert rules(3)[:3] == [(0, 1), (1, 1), (1, 2)] and len(rules(3)) == 10
+    for i, rule in enumerate(rules(3)):
         each = np.array([expected(r, *rule) for r in records])
-        assert each.tolist() == [stopped(r, budgets, *rule) for r in records]
-        base = np.array([expected(r, None, 1) for r in records])
+        assert each.tolist() == [list(stopped(r, *rule)) for r in records]
         stops += (each[:, 1] < base[:, 1]).sum()
-        for i, name in enumerate(("accuracy", "thinking_tokens", "all_tokens")):
-            assert found[name] == pytest.approx(each[:, i].mean())
-            paired = found["differences"][name]
-            assert paired["difference"] == pytest.approx((each - base)[:, i].mean())
-            # The textbook's standard error: over questions, in the two halves separately.
-            for kind, x in ((found["errors"][name], each), (paired["stderr"], each - base)):
-                x = x[:, i].reshape(2, 20, 2).mean(-1)
-                assert kind == pytest.approx(np.hypot(*x.std(1)) / 20**0.5 / 2, rel=0.1, abs=1e-9)
+        columns = dict(zip(STOPPED, each.T), stopped_difference=(each - base)[:, 0])
+        for name, column in columns.items():
+            assert summary[name][i] == pytest.approx(column.mean())
+            # The textbook's standard error: over questions, in the two sets separately.
+            error = np.hypot(*column.reshape(2, 20, 2).mean(-1).std(1)) / 20**0.5 / 2
+            assert summary["errors"][name][i] == pytest.approx(error, rel=0.1, abs=1e-9)
     assert stops > 100
