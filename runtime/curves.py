@@ -122,15 +122,17 @@ def statistics_of(means: np.ndarray, budgets: tuple[int, ...]) -> dict[str, np.n
     """The curve and its summary numbers, from means over questions. [..., K] -> {name: [...]}.
 
     anytime_accuracy = (1/M) Σ_j accuracy_j        final_accuracy = accuracy_M
-    anytime_index = area under Q* from b_1 to b_M, over (b_M - b_1) Q_max     arXiv 2601.11038
-        Q*_j = max_{i≤j} accuracy_i       Q_max = 1; in anytime_index_relative the largest Q*
+    anytime_index = Σ_j (Q*_j + Q*_{j+1})/2 · (b_{j+1} - b_j) / ((b_M - b_1) Q_max)
+        Q*_j = max_{i≤j} accuracy_i       arXiv 2601.11038 leaves Q_max open: 1 here, and the
+                                          largest Q* in anytime_index_relative
     stopped_difference = stopped_accuracy - that of thinking to the end, rule by rule
     """
     accuracy = means[..., : len(budgets)]
     best = np.maximum.accumulate(accuracy, -1)  # Q*
     stops = dict(zip(STOPPED, np.split(means[..., len(budgets) + len(COLUMNS) :], 3, -1)))
     with np.errstate(invalid="ignore"):  # nan for a single budget, or without a right answer
-        index = np.trapezoid(best, budgets) / np.float64(budgets[-1] - budgets[0])
+        area = ((best[..., 1:] + best[..., :-1]) / 2 * np.diff(budgets)).sum(-1)
+        index = area / np.float64(budgets[-1] - budgets[0])
         relative = index / best[..., -1]
     return {
         "accuracy": accuracy,

@@ -185,9 +185,9 @@ def sample_tokens(
 
         token = argmax_v( log π_T(v) - log E_v )      E_v = `exponentials`(seed, position)
 
-    The first of V exponential clocks with rates π_T(v) to ring is v's with probability π_T(v).
-    Rounding decides only where the first two ring at almost the same time: logits off by 1e-5 at
-    random change one token in some 180,000, whatever V is.
+    Of V exponential clocks with rates π_T(v), v's is the first to ring with probability π_T(v).
+    Rounding decides only where two are the first at almost the same time: logits off by 1e-5 at
+    random change at most one token in some 180,000, whatever V is.
     logits [N, V], temperature [N, 1], seed [N] int64 -> tokens [N], log π_T(token) [N].
     """
     # In blocks of rows: on a CPU the dozen passes over a block then stay within its cache.
@@ -220,15 +220,13 @@ def exponentials(seed: torch.Tensor, position: int, size: int) -> torch.Tensor:
 
 
 def mix_bits(x: torch.Tensor) -> torch.Tensor:
-    """Scramble 64-bit integers in place, one to one: the output function of SplitMix64 (Steele, Lea
-    and Flood, 2014). A product wraps around, as two's complement does everywhere."""
+    """Scramble int64 in place, one to one: SplitMix64's output function (Steele, Lea, Flood 2014).
 
-    def shifted(n: int) -> torch.Tensor:
-        return (x >> n).bitwise_and_((1 << 64 - n) - 1)  # without copies of the sign
-
-    x.bitwise_xor_(shifted(30)).mul_(MULTIPLIERS[0])
-    x.bitwise_xor_(shifted(27)).mul_(MULTIPLIERS[1])
-    return x.bitwise_xor_(shifted(31))
+    Products wrap around; the masks take away what a right shift copies of the sign.
+    """
+    x.bitwise_xor_((x >> 30).bitwise_and_(2**34 - 1)).mul_(MULTIPLIERS[0])
+    x.bitwise_xor_((x >> 27).bitwise_and_(2**37 - 1)).mul_(MULTIPLIERS[1])
+    return x.bitwise_xor_((x >> 31).bitwise_and_(2**33 - 1))
 
 
 # -------------------------------------------------------------------------------------------- vLLM

@@ -16,10 +16,7 @@ from runtime.curves import paired_differences, per_question
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT = "#333333", "#d9d9d9"
 # The same colour in every figure; other names take the rest in order.
-METHODS = {
-    "before": "#7f7f7f",
-    **dict(zip(("ar-uniform", "grpo", "ar-linear", "ar-base"), COLOURS)),
-}
+METHODS = dict(zip(("ar-uniform", "grpo", "ar-linear", "ar-base"), COLOURS), before="#7f7f7f")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
