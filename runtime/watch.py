@@ -20,11 +20,8 @@ def ask(engine, question, sampling: Sampling, opened, label: str = "", patience:
     watched = Watched(engine, question, sampling, opened.tokenizer, patience, out or sys.stdout)
     print(f"{label and label + ': '}{question.text}", file=watched.out)
     (rollout,) = sample_rollouts(watched, [question], sampling, opened.markers, watched.answered)
-    if not watched.stopped:
-        for (
-            summary
-        ) in rollout.summaries:  # also those after an end-of-text, which are never sampled
-            watched.answered(rollout, summary)
+    for summary in rollout.summaries:  # also those after an end-of-text, which are never sampled
+        watched.answered(rollout, summary)
 
 
 class Watched:
@@ -75,20 +72,13 @@ class Watched:
             line = f"{bold}after {after}: {answer}{plain}"
             print(f"\n    {line}", file=self.out, flush=True)
             self.budget_index += 1
-            if self.patience and not (self.finished and len(self.thinking) <= budget):
-                self.stop_if_stable()
-
-    def stop_if_stable(self):
-        """End where the answer has stayed the same for long enough, and say what that saved."""
-        answers = [[boxed for boxed, _ in drawn] for drawn in self.answers[: self.budget_index]]
-        if stopping_cut(answers, self.patience) is not None:
-            self.stopped, limit = True, self.budgets[-1]
-            saved = 0 if self.finished else limit - len(self.thinking)  # it went on for an answer
-            print(
-                f"stopped: the same answer at {self.patience} budgets in a row. Of at most {limit} "
-                f"tokens of thinking, {saved} were saved",
-                file=self.out,
-            )
+            answers = [[boxed for boxed, _ in row] for row in self.answers[: self.budget_index]]
+            running = not self.finished or budget < len(self.thinking)
+            if self.patience and running and stopping_cut(answers, self.patience) is not None:
+                self.stopped = True  # by now the trace has gone on, while the answer was sampled
+                saved = 0 if self.finished else self.budgets[-1] - len(self.thinking)
+                why = f"stopped: the same answer at {self.patience} budgets in a row. Saved {saved}"
+                print(f"{why} of at most {self.budgets[-1]} tokens of thinking", file=self.out)
 
 
 def answer_text(summary: Summary, tokenizer) -> str:

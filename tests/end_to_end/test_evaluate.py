@@ -311,7 +311,9 @@ def test_ask_stops_once_the_answer_has_stayed_the_same(patience, budget, tiny_mo
         lines[-2].endswith(f"after {budget} tokens: {min(budget, 2)}") and len(lines) == budget + 1
     )
     assert engine.sampled == budget + 1  # the answer came a step later
-    assert f"{patience} budgets in a row" in lines[-1] and f" {64 - budget - 1} were" in lines[-1]
+    assert (
+        f"{patience} budgets in a row" in lines[-1] and f"Saved {64 - budget - 1} of" in lines[-1]
+    )
 
 
 def test_ask_on_the_command_line(trained_model_path, capsys):
