@@ -37,11 +37,11 @@ TABLE = (
     ("overthinking", "overthinking", 3),
     ("summary tokens", "summary_tokens", 1),
 )
-STOPS = (
-    ("accuracy", "stopped_accuracy", 3),
-    ("thinking tokens", "stopped_thinking_tokens", 1),
-    ("all sampled tokens", "stopped_all_tokens", 1),
-    ("accuracy, minus to the end", "stopped_difference", 3),
+STOPS = (  # of the table of stopping; the last: how the number is written
+    ("accuracy", "stopped_accuracy", 3, ""),
+    ("thinking tokens", "stopped_thinking_tokens", 1, ""),
+    ("all sampled tokens", "stopped_all_tokens", 1, ""),
+    ("accuracy, minus to the end", "stopped_difference", 3, "+"),
 )
 
 
@@ -176,11 +176,11 @@ def stopping_table(curves: dict[str, dict]) -> str:
     rows = []
     for label, x in curves.items():
         for i, (k, agree) in enumerate(zip(*x["stopping"].values())):
-            cells = [cell(x[key][i], x["errors"][key][i], n) for _, key, n in STOPS]
+            cells = [cell(x[key][i], x["errors"][key][i], *how) for _, key, *how in STOPS]
             if agree == 1:
                 rows.append([label, str(k or "to the end"), *cells])
     what = "Stopped once the answer had stayed the same at as many budgets in a row"
-    return f"{what}:\n\n{markdown(['model', 'patience', *(c for c, _, _ in STOPS)], rows)}"
+    return f"{what}:\n\n{markdown(['model', 'patience', *(c for c, *_ in STOPS)], rows)}"
 
 
 def cell(value: float | None, error: float | None, decimals: int = 3, sign: str = "") -> str:

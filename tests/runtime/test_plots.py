@@ -63,7 +63,7 @@ def test_points_stand_where_stopping_comes_to(tmp_path, monkeypatch):
     assert seen == [pytest.approx([11, 0.3]), pytest.approx([13, 0.5])]
     rows = [line for line in table({"x": described}).splitlines() if line.startswith("| x | ")]
     assert rows[1].startswith("| x | to the end | 0.200 ± 0.010 | 10.0 ± 0.0 | 50.0 ± 0.0 |")
-    assert rows[2].endswith("| 0.300 ± 0.010 | 11.0 ± 0.0 | 51.0 ± 0.0 | 0.100 ± 0.010 |")
+    assert rows[2].endswith("| 0.300 ± 0.010 | 11.0 ± 0.0 | 51.0 ± 0.0 | +0.100 ± 0.010 |")
     assert [row.split(" | ")[1] for row in rows[1:]] == ["to the end", "1", "2"]
 
 
