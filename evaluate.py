@@ -3,12 +3,12 @@
     python evaluate.py runs/miniature-ar-uniform-seed0/model            any saved model
     python evaluate.py A B --budgets 8 16 32 48 --output-dir runs/both  several, with differences
     torchrun --nproc_per_node 8 evaluate.py MODEL --preset paper-8k     the paper's five sets
-    python evaluate.py MODEL --ask "2 +3 *7 ?" --budgets 6 12 24        one question, as it thinks
+    python evaluate.py MODEL --ask "2 +3 *7 ?" --patience 2             one question, as it thinks
 
 anytime_accuracy is the mean of the curve over the given budgets (J under a uniform prior on them),
 final_accuracy its last point. Leaves in the output directory: eval.json, table.md,
-anytime_curve.png, and records/: the score of every summary, from which all of these are computed.
-An evaluation that was interrupted goes on from its records.
+anytime_curve.png, and records/: score and answer of each summary, from which all of these are
+computed. An evaluation that was interrupted goes on from its records.
 """
 
 from dataclasses import asdict, replace
@@ -125,7 +125,7 @@ def main(args: list[str] | None = None):
                 if distributed.rank() == 0:
                     drawn = replace(sampling, num_rollouts=1, seed=(*sampling.seed, 0))
                     (question,) = o.sets["ask"]
-                    ask(engine, question, drawn, o, labels[model])
+                    ask(engine, question, drawn, o, labels[model], a.patience)
             else:
                 settings = (device.type, c.engine, asdict(sampling), asdict(o.markers))
                 name = fingerprint(model, c.reward, *settings)

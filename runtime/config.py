@@ -374,7 +374,8 @@ class Evaluation:
 
     models: tyro.conf.Positional[Names] = ()  # Model directories or hub names.
     ask: str = ""  # Answer this one question, as the model thinks about it.
-    summaries: Count = 1  # A, per budget; more of them only sharpen the estimate.
+    patience: CountOrZero = 0  # Then stop at the same answer at so many budgets in a row; 0: never.
+    summaries: Count = 1  # A, per budget; more of them sharpen the estimate, and vote when to stop.
     # Where the results go; default: evaluation/ beside a run's model, or runs/evaluation/<models>.
     output_dir: str = ""
 

@@ -3,7 +3,8 @@
 A record is one evaluated trace, as plain JSON:
 
     {"question": 0..B-1, "sample": 0..S-1, "thinking_tokens": |z|, "finish": "closed",
-     "summary_tokens": tokens of its summaries, mean, "scores": [[A of them] for each of M budgets]}
+     "cuts": [M of them], and for each budget and draw, [[A of them] for each of M budgets],
+     "scores", "answers": what was boxed or null, "summary_tokens": tokens of each}
 
 Statistics are computed from means over questions, and their standard errors by the bootstrap over
 questions (samples of one question are not independent), seeded with the evaluation's seed.
@@ -18,31 +19,42 @@ import numpy as np
 import torch
 
 import brpo
-from rewards import cumulative_returns, mean_rewards
+from rewards import answer_paragraph, cumulative_returns, mean_rewards
 from rollout import Rollout, Sampling
 from runtime import rundir
 from runtime.models import model_digest
-from runtime.watch import readable
+from runtime.stopping import rules, stopped
+from runtime.watch import answer_text, readable
 from tasks.reward_function import reward_source
+from tasks.verifier import extract_answer
 
 # After the M accuracies: what else is averaged over the traces of a question.
 COLUMNS = ("thinking_tokens", "closed", "overthinking", "summary_tokens")
-Sets = dict[str, np.ndarray]  # {set: [B, M + 4]}, see per_question
+# And of each of R stopping rules (stopping.py), in this order.
+STOPPED = ("stopped_accuracy", "stopped_thinking_tokens", "stopped_all_tokens")
+Sets = dict[str, np.ndarray]  # {set: [B, M + 4 + 3R]}, see per_question
 RESAMPLES = 1000
+FORMAT = 2  # of records and of the sampler behind them: those of another one are not read
 
 
 def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     """What is kept of a trace; of the very first one, its text too."""
     draws = len(r.summaries) // len(budgets)
-    # Verdicts as whole numbers, which read and store better; a reward function may score between.
-    scores = [s.score if s.score % 1 else int(s.score) for s in r.summaries]
+
+    def by_budget(values: list) -> list[list]:
+        return [values[i : i + draws] for i in range(0, len(values), draws)]
+
+    texts = [answer_paragraph(answer_text(s, tokenizer)) for s in r.summaries]
     kept = {
         "question": r.question.index,
         "sample": r.sample,
         "finish": r.finish,
         "thinking_tokens": len(r.thinking),
-        "summary_tokens": sum(len(s.tokens) for s in r.summaries) / len(r.summaries),
-        "scores": [scores[i : i + draws] for i in range(0, len(scores), draws)],
+        "cuts": [s.cut for s in r.summaries[::draws]],
+        "summary_tokens": by_budget([len(s.tokens) for s in r.summaries]),
+        # Whole numbers read and store better; a reward function may score between 0 and 1.
+        "scores": by_budget([s.score if s.score % 1 else int(s.score) for s in r.summaries]),
+        "answers": by_budget([extract_answer(text) or None for text in texts]),
     }
     if r.question.index == r.sample == 0:
         kept["example"] = readable(r, budgets, tokenizer)
@@ -51,7 +63,8 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
 
 def fingerprint(model: str, reward: str, *settings) -> str:
     """A hash of all that records depend on besides their questions."""
-    return rundir.digest(model_digest(model) or model, reward_source(reward), settings)[:16]
+    parts = (FORMAT, model_digest(model) or model, reward_source(reward), settings)
+    return rundir.digest(*parts)[:16]
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -68,9 +81,11 @@ def write_records(folder: Path, records: list[dict]):
 def curve_of(records: dict[str, list[dict]], sampling: Sampling) -> dict:
     """Everything the records {set: [record]} say, as it stands in eval.json."""
     columns = {name: per_question(of_set) for name, of_set in records.items()}
+    patience, agree = zip(*rules(sampling.num_summaries))
     return {
         "budgets": list(sampling.budgets),
         **summarise(columns, sampling.budgets, sampling.seed[0]),
+        "stopping": {"patience": patience, "agree": agree},
         "samples": sampling.num_rollouts,
         "temperature": sampling.temperature,
         "seed": sampling.seed[0],
@@ -86,7 +101,8 @@ def by_question(records: list[dict]) -> list[list[dict]]:
 
 
 def per_question(records: list[dict]) -> np.ndarray:
-    """Means over the samples of each question: accuracy at M budgets, then COLUMNS. [B, M + 4].
+    """Means over the samples of each question: accuracy at M budgets, COLUMNS, and STOPPED at each
+    of R rules. [B, M + 4 + 3R].
 
     overthinking = share of traces with max_k r_k > r_M        right earlier, wrong at the end
     """
@@ -95,23 +111,39 @@ def per_question(records: list[dict]) -> np.ndarray:
         rewards = [sum(scores) / len(scores) for scores in r["scores"]]
         overthinking = max(rewards) > rewards[-1]
         closed = r["finish"] == "closed"
-        return [*rewards, r["thinking_tokens"], closed, overthinking, r["summary_tokens"]]
+        stops = np.transpose([stopped(r, *rule) for rule in rules(len(r["scores"][0]))]).ravel()
+        tokens = r["thinking_tokens"], np.mean(r["summary_tokens"])
+        return [*rewards, tokens[0], closed, overthinking, tokens[1], *stops]
 
     return np.array([np.mean([columns(r) for r in q], axis=0) for q in by_question(records)])
 
 
 def statistics_of(means: np.ndarray, budgets: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The curve and its summary numbers, from means over questions. [..., M + 4] -> {name: [...]}.
+    """The curve and its summary numbers, from means over questions. [..., K] -> {name: [...]}.
 
     anytime_accuracy = (1/M) Σ_j accuracy_j        final_accuracy = accuracy_M
+    anytime_index = Σ_j (Q*_j + Q*_{j+1})/2 · (b_{j+1} - b_j) / ((b_M - b_1) Q_max)
+        Q*_j = max_{i≤j} accuracy_i       arXiv 2601.11038 leaves Q_max open: 1 here, and the
+                                          largest Q* in anytime_index_relative
+    stopped_difference = stopped_accuracy - that of thinking to the end, rule by rule
     """
     accuracy = means[..., : len(budgets)]
+    best = np.maximum.accumulate(accuracy, -1)  # Q*
+    stops = dict(zip(STOPPED, np.split(means[..., len(budgets) + len(COLUMNS) :], 3, -1)))
+    with np.errstate(invalid="ignore"):  # nan for a single budget, or without a right answer
+        area = ((best[..., 1:] + best[..., :-1]) / 2 * np.diff(budgets)).sum(-1)
+        index = area / np.float64(budgets[-1] - budgets[0])
+        relative = index / best[..., -1]
     return {
         "accuracy": accuracy,
         "anytime_accuracy": accuracy.mean(-1),
+        "anytime_index": index,
+        "anytime_index_relative": relative,
         "final_accuracy": accuracy[..., -1],
         "tokens_to_90": tokens_to_90(accuracy, budgets),
         **{name: means[..., len(budgets) + i] for i, name in enumerate(COLUMNS)},
+        **stops,
+        "stopped_difference": stops[STOPPED[0]] - stops[STOPPED[0]][..., :1],
     }
 
 

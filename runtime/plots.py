@@ -16,6 +16,8 @@ from runtime.curves import paired_differences, per_question
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT = "#333333", "#d9d9d9"
+# The same colour in every figure; other names take the rest in order.
+METHODS = dict(zip(("ar-uniform", "grpo", "ar-linear", "ar-base"), COLOURS), before="#7f7f7f")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -28,6 +30,7 @@ QUESTIONS = "shaded: ± 1 standard error over questions (bootstrap)"
 # Of the table: column, statistic, decimals.
 TABLE = (
     ("anytime accuracy", "anytime_accuracy", 3),
+    ("anytime index", "anytime_index", 3),
     ("final accuracy", "final_accuracy", 3),
     ("trace tokens", "thinking_tokens", 1),
     ("tokens to 90 % of final", "tokens_to_90", 1),
@@ -35,12 +38,25 @@ TABLE = (
     ("overthinking", "overthinking", 3),
     ("summary tokens", "summary_tokens", 1),
 )
+STOPS = (  # of the table of stopping; the last: how the number is written
+    ("accuracy", "stopped_accuracy", 3, ""),
+    ("thinking tokens", "stopped_thinking_tokens", 1, ""),
+    ("all sampled tokens", "stopped_all_tokens", 1, ""),
+    ("accuracy, minus to the end", "stopped_difference", 3, "+"),
+)
 
 
 def labels_of(models: tuple[str, ...]) -> dict[str, str]:
     """A short name of each model: its directory's, or its run's where that is just model/."""
     short = {m: Path(m).parent.name if Path(m).name == "model" else Path(m).name for m in models}
     return short if len(set(short.values())) == len(models) else {m: m for m in models}
+
+
+def colours_of(labels) -> dict[str, str]:
+    """A colour of each label."""
+    rest = [c for c in COLOURS if c not in [METHODS.get(label) for label in labels]]
+    others = [label for label in labels if label not in METHODS]
+    return METHODS | {label: rest[n % len(rest)] for n, label in enumerate(others)}
 
 
 def pyplot():
@@ -62,8 +78,9 @@ def draw_curves(curves: dict[str, dict], path: Path, band: str = QUESTIONS):
     plt = pyplot()
     names = list(dict.fromkeys(name for c in curves.values() for name in c["sets"]))
     small = names if len(names) > 1 else []
-    rows = -(-len(small) // 3)
-    colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(curves)}
+    columns = 2 if len(small) in (2, 4) else 3
+    rows = -(-len(small) // columns)
+    colours = colours_of(curves)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(7.2, 3.9 + 1.9 * rows), layout="constrained")
         # Two parts, so that the labels right of the upper one do not narrow the lower one.
@@ -71,20 +88,24 @@ def draw_curves(curves: dict[str, dict], path: Path, band: str = QUESTIONS):
         parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
         axes = parts[0].add_subplot()
         _draw_lines(axes, curves if small else _of_set(curves, names[0]), colours)
-        what = f"mean of {len(names)} sets" if small else names[0]
+        what = f"mean of {len(names)} sets" if small else Path(names[0]).stem
         title = f"Accuracy when thinking is cut short{what and f' ({what})'}"
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
         band += "; in brackets: questions" if small else ""
+        if any("stopping" in c for c in curves.values()):
+            band += "\n◇ k: stopped when the answer had stayed the same at k budgets in a row"
+        pad = 20 + 11 * band.count("\n")
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=pad)
         axes.text(0, 1.025, band, transform=axes.transAxes, fontsize=8, color="#666666")
         axes.set_ylabel("accuracy")
         _label_lines(axes, curves, colours)
         for i, name in enumerate(small):
-            axes = parts[1].add_subplot(rows, 3, i + 1)
+            axes = parts[1].add_subplot(rows, columns, i + 1)
             axes.xaxis.set_major_locator(plt.MaxNLocator(4))
             chosen = _of_set(curves, name)
             _draw_lines(axes, chosen, colours)
             questions = next(iter(chosen.values())).get("questions")
-            axes.set_title(name + (f"  ({questions})" if questions else ""), loc="left", fontsize=9)
+            title = Path(name).stem + (f"  ({questions})" if questions else "")
+            axes.set_title(title, loc="left", fontsize=9)
         figure.supxlabel("thinking budget (tokens)", fontsize=9)
         figure.savefig(path, dpi=200)
         plt.close(figure)
@@ -96,18 +117,20 @@ def _of_set(curves: dict[str, dict], name: str) -> dict[str, dict]:
 
 
 def _draw_lines(axes, curves: dict[str, dict], colours: dict[str, str]):
-    """A line and its band for each curve."""
-    ends = []
+    """A line and its band for each curve, and where stopping early comes to."""
     for label, curve in curves.items():
         x, y, colour = curve["budgets"], np.array(curve["accuracy"]), colours[label]
         error = np.array(curve.get("stderr", 0 * y))
         axes.fill_between(x, y - error, y + error, color=colour, alpha=0.18, linewidth=0)
         dots = 3.5 if len(y) <= 12 else 0
         axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=dots, clip_on=False)
-        ends += [min(y - error), max(y + error)]
-    bottom, top = min(ends), max(ends)
-    margin = max(0.06 * (top - bottom), 0.01)
-    axes.set_ylim(max(bottom - margin, 0), min(top + margin, 1))
+        for i, (k, agree) in enumerate(zip(*curve.get("stopping", {}).values())):
+            if k and agree == 1:
+                point = curve["stopped_thinking_tokens"][i], curve["stopped_accuracy"][i]
+                axes.scatter(*point, marker="D", s=26, fc="white", ec=colour, lw=1.2, zorder=3)
+                look = {"textcoords": "offset points", "color": colour, "fontsize": 8}
+                axes.annotate(k, point, (5, -9), **look)
+    axes.set_ylim(0, 1)  # the same for all sets
     axes.set_xlim(left=0)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -139,6 +162,8 @@ def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -
         for name, x in sets.items():
             rows.append([label, name, *(cell(x[k], x["errors"][k], n) for _, k, n in TABLE)])
     parts = [markdown(["model", "set", *columns], rows)]
+    if any("stopping" in c for c in curves.values()):
+        parts.append(stopping_table(curves))
     for label, sets in (differences or {}).items():
         rows = []
         for name, x in sets.items():
@@ -148,6 +173,18 @@ def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -
         text = markdown(["", "set", *columns], rows)
         parts.append(f"Paired differences on the same questions:\n\n{text}")
     return "\n\n".join(parts) + "\n"
+
+
+def stopping_table(curves: dict[str, dict]) -> str:
+    """What stopping early comes to, mean over sets; only for k' = 1, of which most depends on k."""
+    rows = []
+    for label, x in curves.items():
+        for i, (k, agree) in enumerate(zip(*x["stopping"].values())):
+            cells = [cell(x[key][i], x["errors"][key][i], *how) for _, key, *how in STOPS]
+            if agree == 1:
+                rows.append([label, str(k or "to the end"), *cells])
+    what = "Stopped once the answer had stayed the same at as many budgets in a row"
+    return f"{what}:\n\n{markdown(['model', 'patience', *(c for c, *_ in STOPS)], rows)}"
 
 
 def cell(value: float | None, error: float | None, decimals: int = 3, sign: str = "") -> str:

@@ -5,62 +5,80 @@ import sys
 from rewards import answer_paragraph
 from rollout import Rollout, Sampling, Summary, sample_rollouts
 from runtime.engines import PlainEngine
+from runtime.stopping import majority, stopping_cut
 from tasks.verifier import extract_answer
 
 
-def ask(engine, question, sampling: Sampling, opened, label: str = "", out=None):
+def ask(engine, question, sampling: Sampling, opened, label: str = "", patience: int = 0, out=None):
     """Sample one trace of `question` and an answer at each budget; print both as they come.
 
     The tokens are those of sample 0 of question 0 in an evaluation of the same seed and budgets.
+    `patience`: stop once the answer has stayed the same at as many budgets in a row; 0: never.
     """
     if isinstance(engine, PlainEngine):
         engine.one_token_steps = True
-    watched = Watched(engine, question, sampling.budgets, opened.tokenizer, out or sys.stdout)
+    watched = Watched(engine, question, sampling, opened.tokenizer, patience, out or sys.stdout)
     print(f"{label and label + ': '}{question.text}", file=watched.out)
     (rollout,) = sample_rollouts(watched, [question], sampling, opened.markers, watched.answered)
     for summary in rollout.summaries:  # also those after an end-of-text, which are never sampled
         watched.answered(rollout, summary)
-    watched.show()
 
 
 class Watched:
     """An engine around an engine that prints the trace token by token and, at each budget, the
     answer given there. Printing waits for an answer; sampling does not."""
 
-    def __init__(self, engine, question, budgets: tuple[int, ...], tokenizer, out):
-        self.engine, self.add, self.has_work = engine, engine.add, engine.has_work
-        self.trace_id, self.budgets = Rollout(question, 0).id, budgets
-        self.tokenizer, self.out, self.thinking = tokenizer, out, []
-        self.answers, self.printed = {}, ""  # {budget index: answer}; the part of the trace
+    def __init__(self, engine, question, sampling: Sampling, tokenizer, patience: int, out):
+        self.engine, self.add, self.budgets = engine, engine.add, sampling.budgets
+        self.trace_id, self.thinking, self.finished = Rollout(question, 0).id, [], False
+        self.tokenizer, self.out, self.printed = tokenizer, out, ""  # the part of the trace
+        self.patience, self.stopped = patience, False
+        # Of each budget and draw: what was boxed or None, and what is printed.
+        self.answers = [[None] * sampling.num_summaries for _ in self.budgets]
         self.budget_index = 0  # the next one whose answer is to be printed
+
+    def has_work(self) -> bool:
+        return self.engine.has_work() and not self.stopped
 
     def step(self):
         outputs = self.engine.step()
-        self.thinking += [t for out in outputs if out.id == self.trace_id for t in out.tokens]
+        for out in outputs:
+            if out.id == self.trace_id:
+                self.thinking += out.tokens
+                self.finished = out.finished
         self.show()
         return outputs
 
     def answered(self, rollout: Rollout, summary: Summary):
-        if summary.draw == 0:
-            text = answer_paragraph(answer_text(summary, self.tokenizer))
-            answer = extract_answer(text) or (text and f"(no box) {text}")
-            self.answers[summary.budget_index] = answer or "none: the text had ended"
+        text = answer_paragraph(answer_text(summary, self.tokenizer))
+        boxed = extract_answer(text) or None
+        shown = boxed or (text and f"(no box) {text}") or "none: the text had ended"
+        self.answers[summary.budget_index][summary.draw] = boxed, shown
+        self.show()
 
     def show(self):
         """Print the trace up to the next budget, its answer if it is complete, and go on."""
-        while self.budget_index < len(self.budgets):
-            budget = self.budgets[self.budget_index]
+        while self.budget_index < len(self.budgets) and not self.stopped:
+            budget, drawn = self.budgets[self.budget_index], self.answers[self.budget_index]
             seen = self.thinking[:budget]
             text = self.tokenizer.decode(seen).rstrip("\ufffd")  # no part of a character
             print(text[len(self.printed) :], end="", file=self.out, flush=True)
             self.printed = text
-            if self.budget_index not in self.answers:
+            if None in drawn:
                 return
+            _, answer = drawn[majority([boxed for boxed, _ in drawn])]
             after = f"{budget} tokens" + f" (the trace has {len(seen)})" * (len(seen) < budget)
             bold, plain = ("\033[1m", "\033[0m") if self.out.isatty() else ("", "")
-            line = f"{bold}after {after}: {self.answers[self.budget_index]}{plain}"
+            line = f"{bold}after {after}: {answer}{plain}"
             print(f"\n    {line}", file=self.out, flush=True)
             self.budget_index += 1
+            answers = [[boxed for boxed, _ in row] for row in self.answers[: self.budget_index]]
+            running = not self.finished or budget < len(self.thinking)
+            if self.patience and running and stopping_cut(answers, self.patience) is not None:
+                self.stopped = True  # by now the trace has gone on, while the answer was sampled
+                saved = 0 if self.finished else self.budgets[-1] - len(self.thinking)
+                why = f"stopped: the same answer at {self.patience} budgets in a row. Saved {saved}"
+                print(f"{why} of at most {self.budgets[-1]} tokens of thinking", file=self.out)
 
 
 def answer_text(summary: Summary, tokenizer) -> str:

@@ -24,7 +24,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from runtime.config import EXPERIMENTS
-from runtime.plots import COLOURS, STYLE, cell, draw_curves, markdown, pyplot
+from runtime.plots import COLOURS, INK, METHODS, STYLE, cell, draw_curves, markdown, pyplot
 from tasks import arithmetic
 
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
@@ -224,14 +224,16 @@ def draw_study(runs: dict[str, list[Path]], path: Path):
     with plt.rc_context(STYLE | {"font.size": 8}):
         figure, axes = plt.subplots(2, 2, figsize=(7.2, 5.4), layout="constrained")
         (learning, curve), (length, variance) = axes
-        for name, colour in zip(("ar-uniform", "ar-linear", "ar-base", "grpo"), COLOURS):
+        for name in ("ar-uniform", "ar-linear", "ar-base", "grpo"):
+            colour = METHODS[name]
             evals = [read_lines(run / "evals.jsonl") for run in runs[name]]
             steps = [e["step"] for e in evals[0]]
             for part, key in ((learning, "anytime_accuracy"), (length, "thinking_tokens")):
                 band(part, steps, zip(*([e[key] for e in run] for run in evals)), name, colour)
             accuracies = zip(*(run[-1]["accuracy"] for run in evals))
             band(curve, evals[0][-1]["budgets"], accuracies, name, colour)
-        for name, colour in zip(("brpo", "group", "progress"), COLOURS):
+        # Baselines are no methods, and get the colours that no method has.
+        for name, colour in zip(("brpo", "group", "progress"), (INK, *COLOURS[4:])):
             y = residuals(runs["ar-uniform"], name)
             x = range(1, len(y) + 1)
             variance.plot(x, y, "o-", markersize=3, label=name, color=colour, linewidth=1.6)
@@ -245,7 +247,8 @@ def draw_study(runs: dict[str, list[Path]], path: Path):
             part.set_title(title, loc="left", fontweight="bold", fontsize=9)
             part.set_xlabel(x)
             part.legend(frameon=False, fontsize=7)
-        curve.set_ylim(top=1.0)
+        for part in (learning, curve):
+            part.set_ylim(0, 1)
         what = f"shaded: ± 1 standard deviation over {len(runs['ar-uniform'])} seeds"
         figure.suptitle(what, x=0.01, ha="left", fontsize=8, color="#666666")
         figure.savefig(path, dpi=200)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +16,12 @@ import train
 from evaluate import EVALUATION, anytime_curve
 from rollout import Markers, Output, Sampling, make_grader, sample_rollouts
 from runtime.config import parse
+from runtime.curves import STOPPED
 from runtime.data import PAPER_SETS, Question
 from runtime.engines import PlainEngine
 from runtime.watch import ask
 from tasks.verifier import Verifier
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 from tests.end_to_end.test_families import TINY
 from tests.runtime.test_tokenizers import r1_tokenizer
 
@@ -71,6 +74,13 @@ def test_the_curve_by_hand(tiny_model_path):
     assert [cut["thinking"] for cut in cuts] == [" =1", " =2", " =3", "</think>"]
     assert [cut["score"] for cut in cuts] == [0.0, 0.0, 1.0, 1.0]
     assert curve["sets"]["a"]["thinking_tokens"] == 4 and curve["sets"]["a"]["closed"] == 1.0
+    # It answers 1, 2, 3 within the trace and 3 at its end: never twice the same before that.
+    summary = len(tokenizer.encode("\\boxed{3}<|end|>", add_special_tokens=False))
+    expected = {0: (0.5, 4, 4 + summary), 1: (0, 1, 1 + summary)}
+    expected |= dict.fromkeys((2, 3), (0.5, 4, 4 + 4 * summary))
+    stops = zip(*(curve["sets"]["a"][name] for name in STOPPED))
+    assert dict(zip(curve["stopping"]["patience"], stops)) == expected
+    assert curve["stopped_difference"] == [0, -0.75, 0, 0]
 
 
 def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_model_path, tmp_path):
@@ -97,6 +107,17 @@ def test_several_models_with_any_budgets_on_a_file(trained_model_path, tiny_mode
     assert "Paired differences" in text and f"{rise['difference']:+.3f}" in text
     assert (tmp_path / "out" / "anytime_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert trained["variance"] is None  # 7.5 is no budget
+    assert trained["stopped_accuracy"][0] == trained["final_accuracy"]  # to the end, A = 1
+    assert trained["stopped_thinking_tokens"][0] == trained["thinking_tokens"]
+    first = sorted((tmp_path / "out" / "records").iterdir(), key=lambda p: p.stat().st_mtime)[0]
+    kept = [r for file in first.glob("*/*.json") for r in json.loads(file.read_text())]
+    saved = 0
+    for r in kept:  # patience 1 and two budgets within a trace: at the first boxed answer
+        cuts = [b for (a,), b in zip(r["answers"], (5, 17)) if a and b < r["thinking_tokens"]]
+        saved += r["thinking_tokens"] - min(cuts, default=r["thinking_tokens"])
+    found = trained["thinking_tokens"] - trained["stopped_thinking_tokens"][1]
+    assert len(kept) == 80 and found == pytest.approx(saved / 80) and found > 0
+    assert f"| to the end | {trained['final_accuracy']:.3f} ± " in text
 
 
 def eval_json(directory) -> dict:
@@ -157,7 +178,7 @@ def test_records_belong_to_one_model_and_one_setting(trained_model_path, tmp_pat
 
 
 def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path, tmp_path, capsys):
-    flags = "--eval-questions 8 --eval-samples 2 --eval-budgets 12 24 48 --questions-per-step 4"
+    flags = "--eval-questions 8 --eval-samples 2 --eval-budgets 12 24 36 48 --questions-per-step 4"
     flags += " --num-rollouts 4 --steps 1 --seed 3 --output-dir"
     run = tmp_path / "run"
     train.train(parse(["--model", str(trained_model_path), *flags.split(), str(run)]))
@@ -168,13 +189,45 @@ def test_a_saved_model_evaluates_to_the_trainers_own_numbers(trained_model_path,
     samples = [json.loads(line) for line in (run / "samples.jsonl").open()]
     assert len(samples) == 2 and [cut["budget"] for cut in samples[0]["cuts"]] == [16, 32, 48, 64]
     assert samples[0]["question"] != samples[1]["question"]
-    flags = "--questions 8 --samples 2 --seed 3 --budgets 12 24 48"
+    flags = "--questions 8 --samples 2 --seed 3 --budgets 12 24 36 48"
     evaluate.main([str(run / "model"), *flags.split()])
     ours = eval_json(run / "evaluation")
     assert {k: trainers[k] for k in ours} == ours  # the picture's and the table's numbers, all
     accuracy = " ".join(f"{x:.3f}" for x in ours["accuracy"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert f"run {accuracy} {ours['anytime_accuracy']:.3f}" in lines
+    check_glossary(run)
+
+
+def keys_of(value) -> set[str]:
+    """All keys of a JSON value, at any depth, but not the names of sets."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if not isinstance(value, dict):
+        return set()
+    named = {"sets", "data"} & value.keys()
+    inner = [x for k in named for x in value[k].values()] + [value[k] for k in value.keys() - named]
+    return set(value) | keys_of(inner)
+
+
+def check_glossary(run):
+    """What a run has written and what docs/metrics.md explains are the same keys, file by file."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    elsewhere = {"models", "paired_differences", "from", "to", "difference", "peak_memory_gb"}
+    explained = {}
+    for file in ("metrics.jsonl", "samples.jsonl", "eval.json"):
+        table = text.split(f"| key in `{file}` |")[1].split("\n\n")[0]
+        explained[file] = set(re.findall(r"^\| `([^`]+)`", table, re.M))
+    explained["eval.json"] |= explained["samples.jsonl"]  # of its example
+    explained["evals.jsonl"] = explained["eval.json"] - {"before"}
+    for file, patterns in explained.items():
+        text = (run / file).read_text()
+        written = keys_of(
+            [json.loads(x) for x in (text.splitlines() if file[-1] == "l" else [text])]
+        )
+        missing = {k for k in written if not any(fnmatch(k, p) for p in patterns)}
+        unused = {p for p in patterns if not any(fnmatch(k, p) for k in written)} - elsewhere
+        assert len(written) > 8 and not missing and not unused, (file, missing, unused)
 
 
 @pytest.mark.skipif(
@@ -196,7 +249,7 @@ def test_the_papers_sets_are_five_panels_and_five_rows(tmp_path, monkeypatch):
     flags += " --prompt-template {question} --output-dir"
     evaluate.main([str(tmp_path / "model"), *flags.split(), str(tmp_path / "out")])
     assert list(eval_json(tmp_path / "out")["sets"]) == list(PAPER_SETS)
-    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    table = (tmp_path / "out" / "table.md").read_text().split("\n\n")[0].splitlines()
     assert [line.split(" | ")[1] for line in table[2:]] == ["mean", *PAPER_SETS]
 
 
@@ -226,6 +279,42 @@ def test_ask_prints_each_answer_at_its_budget(budgets, trained_model_path):
         start = end
     printed = "".join(line for line in text.split("\n")[1:] if not line.startswith("    after"))
     assert printed == tokenizer.decode(r.thinking)
+
+
+class SteadyEngine(CountingEngine):
+    """Thinks ` =1 =2 =2 =2 ...`, a token a step; boxes the last digit it can see."""
+
+    sampled = 0
+
+    def step(self):
+        (thinking,) = [r for r in self.queue if r.stream]
+        summaries, self.queue = [r for r in self.queue if not r.stream], [thinking]
+        self.sampled += 1
+        tokens = self.encode(" =1" if self.sampled == 1 else " =2")
+        outputs = [Output(thinking.id, tokens, [0.0], self.sampled == thinking.max_tokens)]
+        for r in summaries:
+            seen = [self.digits[i] for i in r.prompt if i in self.digits]
+            tokens = self.encode(f"\\boxed{{{seen[-1]}}}<|end|>")
+            outputs.append(Output(r.id, tokens, [0.0] * len(tokens), True))
+        return outputs
+
+
+@pytest.mark.parametrize("patience, budget", [(1, 1), (2, 3), (3, 4)])
+def test_ask_stops_once_the_answer_has_stayed_the_same(patience, budget, tiny_model_path):
+    """It answers 1, 2, 2, 2; two draws each."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    opened = SimpleNamespace(tokenizer=tokenizer, markers=Markers.from_tokenizer(tokenizer, 7))
+    question = Question(0, "2 +0 ?", "", tuple(tokenizer.encode("+ ?<think>")))
+    engine, out = SteadyEngine(tokenizer), io.StringIO()
+    ask(engine, question, Sampling((1, 2, 3, 4, 64), 1, 2, 1.0, (0,)), opened, "", patience, out)
+    lines = [line for line in out.getvalue().splitlines() if "after" in line or "stopped" in line]
+    assert (
+        lines[-2].endswith(f"after {budget} tokens: {min(budget, 2)}") and len(lines) == budget + 1
+    )
+    assert engine.sampled == budget + 1  # the answer came a step later
+    assert (
+        f"{patience} budgets in a row" in lines[-1] and f"Saved {64 - budget - 1} of" in lines[-1]
+    )
 
 
 def test_ask_on_the_command_line(trained_model_path, capsys):

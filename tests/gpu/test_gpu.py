@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from packing import Tree, pack
 from runtime import distributed
+from runtime.engines import sample_tokens
 from scripts import plan, preflight
 from tests.conftest import run_script
 
@@ -91,3 +92,13 @@ def test_the_preflight_passes(engine, processes, trained_model_path, tmp_path):
         processes=processes,
     )
     assert "FAIL" not in text and "FlexAttention against dense" in text
+
+
+def test_a_gpu_draws_the_tokens_of_a_cpu():
+    """From the same logits: the hash is the same integers there, and rounding flips one in 1e7."""
+    logits = 2 * torch.randn(64, 49_152, generator=torch.Generator().manual_seed(0))
+    rows = logits, torch.ones(64, 1), torch.arange(64)
+    tokens, logp = sample_tokens(*rows, 5)
+    on_gpu, gpu_logp = sample_tokens(*(x.cuda() for x in rows), 5)
+    assert torch.equal(on_gpu.cpu(), tokens)
+    torch.testing.assert_close(gpu_logp.cpu(), logp, atol=1e-5, rtol=1e-5)

@@ -25,7 +25,9 @@ def record(question, sample, scores, tokens=5, finish="closed"):
         "sample": sample,
         "thinking_tokens": tokens,
         "finish": finish,
-        "summary_tokens": 4.0,
+        "summary_tokens": [[4] * len(s) for s in scores],
+        "cuts": [tokens] * len(scores),
+        "answers": [[None] * len(s) for s in scores],
         "scores": scores,
     }
 
@@ -36,14 +38,23 @@ def random_columns(n, seed, shift=0.0):
     return np.concatenate([accuracy, rng.random((n, 4))], axis=1)
 
 
-def test_a_record_keeps_fractional_scores_and_writes_verdicts_as_whole_numbers():
+def test_a_record_keeps_scores_answers_and_tokens():
     question = SimpleNamespace(index=1)
-    summaries = [SimpleNamespace(score=s, tokens=[1]) for s in (0.25, 1.0, 0.0, 0.5)]
+    summaries = [SimpleNamespace(score=s, cut=1) for s in (0.25, 1.0, 0.0, 0.5)]
     rollout = SimpleNamespace(
         question=question, sample=0, finish="closed", thinking=[1], summaries=summaries
     )
-    scores = curves.record(rollout, (10, 20), None)["scores"]
-    assert scores == [[0.25, 1], [0, 0.5]] and type(scores[0][1]) is int
+    words = {1: r"so \boxed{7}", 2: "\n\n\\boxed{x}.\n\n\\boxed{8}<|end|>", 3: "8<|end|>"}
+    tokenizer = SimpleNamespace(eos_token="<|end|>", decode=lambda ids: words[ids[0]])
+    for summary, token in zip(summaries, (1, 2, 3, 1)):
+        summary.tokens = [token] * token
+    kept = curves.record(rollout, (10, 20), tokenizer)
+    assert kept["scores"] == [[0.25, 1], [0, 0.5]] and type(kept["scores"][0][1]) is int
+    assert kept["answers"] == [
+        ["7", "x"],
+        [None, "7"],
+    ]  # as they are graded: of the first paragraph
+    assert kept["summary_tokens"] == [[1, 2], [3, 1]]
 
 
 def test_a_question_is_the_mean_of_its_samples():
@@ -55,7 +66,7 @@ def test_a_question_is_the_mean_of_its_samples():
         ]
     )
     # accuracies, thinking tokens, closed, overthinking (question 1: its first sample), summary
-    assert rows.tolist() == [[0, 1, 1, 5, 1, 0, 4], [0.25, 0.5, 0.25, 6, 0.5, 0.5, 4]]
+    assert rows[:, :7].tolist() == [[0, 1, 1, 5, 1, 0, 4], [0.25, 0.5, 0.25, 6, 0.5, 0.5, 4]]
 
 
 def test_tokens_to_a_share_of_the_final_accuracy_by_hand():
@@ -77,6 +88,17 @@ def test_anytime_accuracy_is_the_mean_over_budgets():
     statistics = statistics_of(np.array([0.1, 0.2, 0.6, 7, 1, 0, 4]), BUDGETS)
     assert statistics["anytime_accuracy"] == pytest.approx(0.3)
     assert statistics["final_accuracy"] == 0.6 and statistics["thinking_tokens"] == 7
+
+
+def test_the_anytime_index_by_hand():
+    """Q* of the first row: 0.2, 0.6, 0.6. Trapezoids (0.4 · 10 + 0.6 · 20) / 30 = 16 / 30."""
+    rows = np.array([[0.2, 0.6, 0.4, 7, 1, 0, 4], [0.5, 0.5, 0.5, 7, 1, 0, 4], [0.0] * 7])
+    statistics = statistics_of(rows, BUDGETS)
+    assert statistics["anytime_index"] == pytest.approx([16 / 30, 0.5, 0])
+    relative = statistics["anytime_index_relative"]
+    assert relative == pytest.approx([16 / 18, 1, np.nan], nan_ok=True)
+    single = statistics_of(np.array([0.2, 7, 1, 0, 4]), (10,))
+    assert np.isnan(single["anytime_index"]) and single["anytime_accuracy"] == 0.2
 
 
 def test_the_bootstraps_standard_error_of_a_mean_is_the_textbooks():

@@ -1,4 +1,7 @@
-"""The plain engine against transformers' own loop and against the trainer's log-probs."""
+"""The plain engine's draws by hand and by statistics; the engine against transformers' own loop and
+against the trainer's log-probs."""
+
+import math
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 from packing import pack, token_logprobs
 from rollout import Markers, Request, Sampling, request_seed, sample_rollouts
 from runtime.data import Question
-from runtime.engines import PlainEngine, require_engine, sample_tokens
+from runtime.engines import GAMMA, PlainEngine, mix_bits, require_engine, sample_tokens
 from train import to_trees
 
 BUDGETS = (4, 8, 12)
@@ -52,22 +55,106 @@ def rollouts_of(engine, tokenizer, temperature: float):
 # ---------------------------------------------------------------------------------- the draws
 
 
-def test_inverse_cdf_sampling_by_hand():
-    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).expand(5, 3)
-    uniform = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.999], dtype=torch.float64)
-    tokens, logp = sample_tokens(logits, torch.ones(5, 1), uniform)
-    assert tokens.tolist() == [0, 0, 1, 1, 2]
-    assert logp.exp().tolist() == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.3])
-    tokens, _ = sample_tokens(logits, torch.zeros(5, 1), uniform)
-    assert tokens.tolist() == [1] * 5  # temperature 0 is greedy
+def hashed(x: int) -> int:
+    """SplitMix64's output function, in Python's own integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def test_the_hash_is_splitmix64():
+    # The generator's published first outputs from the state 1234567.
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    states = torch.arange(1, 4) * GAMMA + 1234567
+    assert [x % 2**64 for x in mix_bits(states).tolist()] == expected
+    assert [hashed((1234567 + i * GAMMA) % 2**64) for i in (1, 2, 3)] == expected
+
+
+def test_the_race_by_hand():
+    """The token is that of the least E_v / π(v), with E_v computed once more in Python."""
+    probs, seeds = [0.2, 0.5, 0.3], [0, 1, 2, 3, request_seed(0, 7), 2**63 - 1]
+    logits = torch.log(torch.tensor([probs])).expand(len(seeds), 3)
+    for position in range(20):
+        expected = []
+        for seed in seeds:
+            key = hashed((hashed(seed) + position) % 2**64)
+            bits = [hashed((key + v * GAMMA) % 2**64) % 2**63 for v in (1, 2, 3)]
+            clocks = [-math.log1p(-n / 2**63) / p for n, p in zip(bits, probs)]
+            expected.append(clocks.index(min(clocks)))
+        drawn = torch.tensor(seeds)
+        tokens, logp = sample_tokens(logits, torch.ones(len(seeds), 1), drawn, position)
+        assert tokens.tolist() == expected and drawn.tolist() == seeds
+        assert logp.exp().tolist() == pytest.approx([probs[v] for v in expected])
+        greedy, _ = sample_tokens(logits, torch.zeros(len(seeds), 1), drawn, position)
+        assert greedy.tolist() == [1] * len(seeds)  # temperature 0
+
+
+N = 200_000
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -3.0])
+# 99.9 % quantiles of chi-square; the seeds are fixed, so a test that passes once always passes.
+CHI_SQUARE = {7: 24.3, 49: 85.4}
+
+
+def draws(first_seed: int, position: int) -> torch.Tensor:
+    """The tokens of N requests with consecutive seeds, at temperature 0.6."""
+    seeds, temperature = torch.arange(first_seed, first_seed + N), torch.full((N, 1), 0.6)
+    return sample_tokens(LOGITS.expand(N, 8), temperature, seeds, position)[0]
+
+
+def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((observed - expected) ** 2 / expected).sum().item()
 
 
 def test_sampling_follows_the_distribution_at_the_temperature():
-    n, logits = 20000, torch.tensor([1.0, 0.0, -1.0])
-    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens, _ = sample_tokens(logits.expand(n, 3), torch.full((n, 1), 0.6), uniform)
-    share = torch.bincount(tokens, minlength=3) / n
-    assert (share - (logits / 0.6).softmax(-1)).abs().max() < 0.02
+    expected = N * (LOGITS / 0.6).double().softmax(-1)
+    for position in (0, 1, 5000):
+        observed = torch.bincount(draws(0, position), minlength=8)
+        assert chi_square(observed, expected) < CHI_SQUARE[7]
+    assert chi_square(observed, N * (LOGITS / 0.61).double().softmax(-1)) > CHI_SQUARE[7]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [(0, 1), (0, 2), (1, 0), (2**40, 0), (1, 1)],
+    ids=["next position", "the one after", "next request", "far request", "next of both"],
+)
+def test_positions_and_requests_are_independent(other):
+    """Pairs of tokens are as frequent as the product of the two frequencies."""
+    pairs = torch.bincount(8 * draws(0, 0) + draws(*other), minlength=64).view(8, 8).double()
+    expected = pairs.sum(1, keepdim=True) * pairs.sum(0) / N
+    assert chi_square(pairs, expected) < CHI_SQUARE[49]
+
+
+def test_rounding_flips_as_few_tokens_as_theory_says():
+    """Logits moved by noise of standard deviation σ flip (1 - Σ π²) σ / √π of the tokens.
+
+    The gap between the first two clocks on a log scale has density Σ_v π_v (1 - π_v) at 0, and the
+    noise must exceed it: E[max(0, δ - δ')] = σ/√π.
+    """
+    rows, vocabulary, flips, expected = 40, 49_152, {1e-5: 0, 0.05: 0}, 0.0
+    generator, ones = torch.Generator().manual_seed(0), torch.ones(rows, 1)
+    for position in range(8):
+        logits = 2 * torch.randn(rows, vocabulary, generator=generator)
+        noise = torch.randn(rows, vocabulary, generator=generator)
+        seeds = torch.arange(rows) + rows * position
+        tokens, _ = sample_tokens(logits, ones, seeds, position)
+        for size in flips:
+            moved, _ = sample_tokens(logits + size * noise, ones, seeds, position)
+            flips[size] += (moved != tokens).sum().item()
+        expected += (1 - logits.softmax(-1).square().sum(-1)).sum().item() * 0.05 / math.pi**0.5
+    assert flips[1e-5] == 0  # of 320; 0.002 are expected
+    assert abs(flips[0.05] - expected) < 3 * expected**0.5 and expected > 8
+
+
+def test_a_draw_depends_on_its_row_alone():
+    """At a vocabulary whose rows do not share a block, and in another order."""
+    logits = torch.randn(7, 49_152, generator=torch.Generator().manual_seed(0))
+    rows = (logits, torch.tensor([[1.0], [0.6], [0.0], [1.0], [2.0], [1.0], [0.1]]))
+    rows = (*rows, torch.tensor([request_seed(i) for i in range(7)]))
+    tokens, logp = sample_tokens(*rows, 3)
+    for order in ([6, 2, 0, 5], [1], [0, 1, 2, 3, 4, 5, 6][::-1]):
+        again, again_logp = sample_tokens(*(x[order] for x in rows), 3)
+        assert torch.equal(again, tokens[order]) and torch.equal(again_logp, logp[order])
 
 
 # ------------------------------------------------------------------------------- the plain engine

@@ -4,7 +4,7 @@ import matplotlib.figure
 import pytest
 
 from runtime.curves import paired_differences, summarise
-from runtime.plots import draw_curves, labels_of, table
+from runtime.plots import COLOURS, METHODS, colours_of, draw_curves, labels_of, table
 from tests.runtime.test_curves import BUDGETS, random_columns
 
 
@@ -28,6 +28,7 @@ def test_a_picture_shows_the_mean_and_every_set_with_labels(sets, tmp_path, monk
                     [t.get_text() for t in axes.texts],
                 )
             )
+        assert all(axes.get_ylim() == (0, 1) for axes in figure.axes)  # the same for all sets
         assert figure.get_figwidth() * 100 == 720 and figure.get_facecolor() == (1, 1, 1, 1)
         save(figure, *args, **kwargs)
 
@@ -40,6 +41,37 @@ def test_a_picture_shows_the_mean_and_every_set_with_labels(sets, tmp_path, monk
     assert ("(a)" if len(sets) == 1 else "mean of 5 sets") in title
     assert any("before" in t for t in texts) and any("after" in t for t in texts)
     assert any("standard error over questions" in t for t in texts)
+
+
+def test_points_stand_where_stopping_comes_to(tmp_path, monkeypatch):
+    """For k' = 1; a row of the table for each of them, and for thinking to the end."""
+    described, seen = curve(["a"])[0], []
+    stopping = {"patience": [0, 1, 1, 2], "agree": [1, 1, 2, 1]}
+    numbers = {"accuracy": [0.2, 0.3, 0.4, 0.5], "thinking_tokens": [10, 11, 12, 13]}
+    numbers |= {"all_tokens": [50, 51, 52, 53], "difference": [0, 0.1, 0.2, 0.3]}
+    for x in (described, described["sets"]["a"]):
+        x |= {"stopping": stopping} | {f"stopped_{k}": v for k, v in numbers.items()}
+        x["errors"] |= {f"stopped_{k}": [0.01] * 4 for k in numbers}
+
+    def spy(figure, *args, **kwargs):
+        (axes,) = figure.axes
+        seen.extend(x.get_offsets().tolist()[0] for x in axes.collections[1:])  # after the band
+        assert [t.get_text() for t in axes.texts][:2] == ["1", "2"]
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", spy)
+    draw_curves({"x": described}, tmp_path / "curve.png")
+    assert seen == [pytest.approx([11, 0.3]), pytest.approx([13, 0.5])]
+    rows = [line for line in table({"x": described}).splitlines() if line.startswith("| x | ")]
+    assert rows[1].startswith("| x | to the end | 0.200 ± 0.010 | 10.0 ± 0.0 | 50.0 ± 0.0 |")
+    assert rows[2].endswith("| 0.300 ± 0.010 | 11.0 ± 0.0 | 51.0 ± 0.0 | +0.100 ± 0.010 |")
+    assert [row.split(" | ")[1] for row in rows[1:]] == ["to the end", "1", "2"]
+
+
+def test_a_method_has_one_colour_in_every_figure():
+    first, second = colours_of(["before", "grpo", "mine"]), colours_of(["ar-uniform", "x", "grpo"])
+    assert first["grpo"] == second["grpo"] == METHODS["grpo"]
+    assert len(set(colours_of([*METHODS, "x", "y"]).values())) == len(METHODS) + 2
+    assert list(colours_of(["x", "y"]).values())[-2:] == list(COLOURS[:2])
 
 
 def test_a_curve_needs_no_more_than_accuracies(tmp_path):
@@ -71,7 +103,7 @@ def test_the_table_has_every_number_with_its_error_and_the_differences():
     value, error = first["sets"]["a"]["anytime_accuracy"], first["sets"]["a"]["errors"]
     assert lines[3][2] == f"{value:.3f} ± {error['anytime_accuracy']:.3f}"
     of = differences["mean"]["final_accuracy"]
-    assert lines[11][3] == f"{of['difference']:+.3f} ± {of['stderr']:.3f}"
+    assert lines[11][4] == f"{of['difference']:+.3f} ± {of['stderr']:.3f}"
     assert len({len(line) for line in lines if len(line) > 1}) == 1
 
 
