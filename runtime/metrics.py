@@ -161,8 +161,9 @@ def log_step(c, run, step: Step):
         say(
             f"step {step.number:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
             f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
-            f"loss {m['loss']:+.2e}  grad {max(m['grad_norm']):.2e}  clip {m['clip_share']:.3f}  "
-            f"gap {m['sampler_gap']:.1e}  {m['time/step']:.1f}s  {throughput(m)}"
+            f"loss {m['loss']:+.2e}  {m['time/step']:.1f}s\n           "
+            f"grad {max(m['grad_norm']):.2e}  clip {m['clip_share']:.3f}  "
+            f"gap {m['sampler_gap']:.1e}  {throughput(m)}"
         )
         for warning in warnings(c, m, step):
             say(f"WARNING step {step.number}: {warning}")

@@ -195,13 +195,22 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
-def curve_lines(curves: dict[str, dict]) -> str:
-    """The accuracies as plain text, a line for each curve: all have the same budgets."""
-    width, (first, *_) = max(8, *(len(label) + 1 for label in curves)), curves.values()
-    lines = [f"{'budget':{width}}" + "".join(f"{b:>8}" for b in first["budgets"]) + "   anytime"]
-    for label, c in curves.items():
-        accuracy = "".join(f"{a:8.3f}" for a in c["accuracy"])
-        lines.append(f"{label:{width}}{accuracy}{c['anytime_accuracy']:10.3f}")
+def curve_lines(curves: dict[str, dict], per_line: int = 8) -> str:
+    """The accuracies as plain text for a log: at most 100 columns wide, 8 budgets at a time.
+
+    A line for each curve; all have the same budgets.
+    """
+    labels = {label: label if len(label) <= 24 else f"…{label[-23:]}" for label in curves}
+    width, lines = max(8, *(len(text) + 1 for text in labels.values())), []
+    budgets = next(iter(curves.values()))["budgets"]
+    for start in range(0, len(budgets), per_line):
+        part, last = slice(start, start + per_line), start + per_line >= len(budgets)
+        head = "".join(f"{b:>8}" for b in budgets[part]) + "   anytime" * last
+        lines.append(f"{'budget':{width}}{head}")
+        for label, c in curves.items():
+            accuracy = "".join(f"{a:8.3f}" for a in c["accuracy"][part])
+            anytime = f"{c['anytime_accuracy']:10.3f}" * last
+            lines.append(f"{labels[label]:{width}}{accuracy}{anytime}")
     return "\n".join(lines)
 
 
@@ -227,5 +236,11 @@ def write_results(
     text = table(labelled, {f"{labels[m]} - {labels[first]}": d for m, d in differences.items()})
     (a.output / "table.md").write_text(text)
     draw_curves(labelled, a.output / "anytime_curve.png")
-    print(f"{curve_lines(labelled)}\n\n{text}")
-    print(f"wrote {a.output}/: eval.json, table.md, anytime_curve.png")
+    print(curve_lines(labelled))
+    for m, by_set in differences.items():
+        x = by_set["mean"]["anytime_accuracy"]
+        difference = cell(x["difference"], x["stderr"], sign="+")
+        print(f"{labels[m]} - {labels[first]}: anytime {difference}")
+    if not any(accuracy for curve in curves.values() for accuracy in curve["accuracy"]):
+        print(f"WARNING no summary was right: see the example in {a.output}/eval.json")
+    print(f"wrote {a.output}/: eval.json, table.md with all statistics, anytime_curve.png")

@@ -98,7 +98,7 @@ def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     return {"question": question, "ground_truth": truth, "finish": rollout.finish, "cuts": cuts}
 
 
-def example_lines(example: dict, width: int = 60) -> list[str]:
+def example_lines(example: dict, width: int = 44) -> list[str]:
     """A rollout (from `readable`) as a line per budget; of a long text, its end."""
 
     def flat(text: str, width: int) -> str:
