@@ -1,5 +1,6 @@
-"""Draw docs/method.png: a thinking trace, its cuts and summaries, what each segment earns, and the
-attention mask of the packed row. All numbers come from the project's own functions.
+"""Draw docs/method.png: a thinking trace, its cuts and summaries, what each segment earns and is
+compared with, and the attention mask of the packed row. All numbers come from the project's own
+functions.
 
     python scripts/draw_method.py
 """
@@ -17,6 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import brpo
 from budgets import BudgetPrior, cut_lengths
 from packing import Branch, Tree, dense_mask, pack
 from rewards import cumulative_returns, mean_rewards
@@ -25,6 +27,7 @@ PROMPT = ["2", "+2", "*7", "-3", "?"]
 THINKING = ["=2", "+2", "=4", "*7", "=8", "-3", "=5", "</think>"]
 ANSWERS = [["2", "4"], ["4", "8"], ["8", "5"], ["5", "5"]]  # A = 2 summaries per budget
 GROUND_TRUTH = "5"
+OTHERS = [[0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.5]]  # rewards r_j of the question's other traces
 PRIOR = BudgetPrior.make("uniform", max_budget=8, num_budgets=4)
 INK, GREY, BLUE, ORANGE = "#222222", "#c9ced6", "#4c78a8", "#f2a541"
 GREEN, RED = "#3f9b5c", "#c44e52"
@@ -50,7 +53,21 @@ def draw_trace(axes):
     """The trace from left to right; under each cut its summaries, r_j, and R_j of the segment."""
     scores = torch.tensor([[[[float(a == GROUND_TRUTH) for a in pair] for pair in ANSWERS]]])
     rewards = mean_rewards(scores)  # [1, 1, M]
-    returns = cumulative_returns(rewards, PRIOR.probs)[0, 0].tolist()  # [M]
+    group = torch.cat([rewards, torch.tensor([OTHERS])], dim=1)  # [1, G, M]
+    of_group = cumulative_returns(group, PRIOR.probs)
+    returns = of_group[0, 0].tolist()  # [M]
+    baselines = [
+        ("own progress $V^1_j$, from $r_k$, $k<j$", brpo.progress_baseline(group, PRIOR.probs)),
+        ("group's mean $V^2_j$, G = 3", brpo.group_baseline(of_group).expand_as(of_group)),
+        (
+            r"baseline $V_j=\frac{b_{j-1}}{b_M}V^1_j+(1-\frac{b_{j-1}}{b_M})V^2_j$",
+            of_group - brpo.thinking_advantages(group, of_group, PRIOR.budgets, PRIOR.probs),
+        ),
+        (
+            "advantage $A_j=R_j-V_j$",
+            brpo.thinking_advantages(group, of_group, PRIOR.budgets, PRIOR.probs),
+        ),
+    ]
     first = len(PROMPT)
     for i, token in enumerate(PROMPT):
         box(axes, i * 0.72, 0, token, TINT["prompt"], width=0.64)
@@ -111,7 +128,16 @@ def draw_trace(axes):
         axes.text(
             x, -3.12, f"$r_{j + 1}={rewards[0, 0, j]:.3g}$", ha="center", fontsize=10.5, color=INK
         )
+        for i, (_, values) in enumerate(baselines):
+            value, middle = values[0, 0, j].item(), (x + previous) / 2
+            last = i == len(baselines) - 1
+            colour = (GREEN if value > 0 else RED) if last else INK
+            text = f"{value:+.2f}" if last else f"{value:.2f}"
+            axes.text(middle, -4.2 - 0.68 * i, text, ha="center", fontsize=10.5, color=colour)
         previous = x
+    for i, (label, _) in enumerate(baselines):
+        axes.text(-0.35, -4.2 - 0.68 * i, label, fontsize=10, color=INK)
+    axes.plot([-0.35, start + 8.6], [-3.55, -3.55], color=GREY, lw=0.8)
     axes.text(
         -0.35,
         -1.86,
@@ -128,7 +154,7 @@ def draw_trace(axes):
         fontsize=10,
         color=INK,
     )
-    axes.set(xlim=(-0.5, start + 8.9), ylim=(-3.45, 2.3))
+    axes.set(xlim=(-0.5, start + 8.9), ylim=(-6.6, 2.3))
     axes.axis("off")
 
 
@@ -168,7 +194,7 @@ def draw_mask(axes):
 
 def main():
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12.4, 4.6), width_ratios=[2.15, 1], facecolor="white", layout="constrained"
+        1, 2, figsize=(12.4, 6.2), width_ratios=[2.15, 1], facecolor="white", layout="constrained"
     )
     draw_trace(left)
     draw_mask(right)
