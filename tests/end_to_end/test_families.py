@@ -220,7 +220,7 @@ def spoil(model, kind: str):
 )
 def test_a_spoilt_directory_is_refused(kind, complaint, tmp_path, monkeypatch, capsys):
     model = spoil(make_model("Llama", {}, tmp_path / "model"), kind)
-    flags = ["--max-prompt-tokens", "40"] if kind == "tokenizer class" else []
+    flags = "--preset miniature --max-prompt-tokens 40".split() if kind == "tokenizer class" else []
     refused(lambda: run(model, tmp_path / "out", *flags), complaint, monkeypatch, capsys)
     if kind != "fp8":
         flags += ["--output-dir", str(tmp_path / "evaluation")]
