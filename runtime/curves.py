@@ -165,6 +165,19 @@ def tokens_to_90(accuracy: np.ndarray, budgets: tuple[int, ...]) -> np.ndarray:
     return np.where(target > 0, tokens, np.nan)[..., 0]
 
 
+def sufficient_budgets(columns: np.ndarray, budgets: tuple[int, ...]) -> list[int | None]:
+    """Of each question, the smallest budget from which on most of its summaries are right.
+
+        min{ b_j : accuracy_k > 1/2 for all k ≥ j }        None where the last budget is too small
+
+    [B, K] -> B budgets.
+    """
+    right = columns[:, : len(budgets)] > 0.5
+    steady = np.logical_and.accumulate(right[:, ::-1], axis=1)[:, ::-1]  # right from here on
+    first = [row.argmax() if row.any() else None for row in steady]
+    return [None if j is None else budgets[j] for j in first]
+
+
 def resample(columns: np.ndarray, seed: int, number: int) -> np.ndarray:
     """Means over all questions, then over questions drawn anew. [B, K] -> [1 + RESAMPLES, K].
 
@@ -195,6 +208,7 @@ def summarise(sets: Sets, budgets: tuple[int, ...], seed: int) -> dict:
         out[name] = {**values, "stderr": errors.pop("accuracy"), "errors": errors}
     for name, columns in sets.items():
         out[name]["questions"] = len(columns)
+        out[name]["sufficient_budgets"] = sufficient_budgets(columns, budgets)
     return rundir.without_nan({**out.pop("mean"), "sets": out})
 
 

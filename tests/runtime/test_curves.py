@@ -84,6 +84,13 @@ def test_tokens_to_a_share_of_the_final_accuracy_by_hand():
     assert tokens_to_90(accuracy[2], BUDGETS) == pytest.approx(19)
 
 
+def test_the_smallest_budget_that_suffices_by_hand():
+    """Right at once, later, too early, at half of its traces only, never."""
+    rows = [[1, 1, 1], [0, 0.75, 1], [1, 0.25, 0.75], [0.5, 0.5, 0.5], [0, 0, 0]]
+    found = curves.sufficient_budgets(np.array(rows, dtype=float), (8, 16, 32))
+    assert found == [8, 16, 32, None, None]
+
+
 def test_anytime_accuracy_is_the_mean_over_budgets():
     statistics = statistics_of(np.array([0.1, 0.2, 0.6, 7, 1, 0, 4]), BUDGETS)
     assert statistics["anytime_accuracy"] == pytest.approx(0.3)
