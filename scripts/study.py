@@ -200,6 +200,31 @@ def variance_table(runs: list[Path]) -> str:
     return markdown(["baseline", "segment 1", "2", "3", "4"], rows)
 
 
+def stopping_table(results: dict[str, list[dict]]) -> str:
+    """What stopping early comes to (runtime/stopping.py) before training and after two methods.
+
+    The last two columns are paired within seeds: with thinking to the end, and with GRPO's full
+    length.
+    """
+    full = [r["stopped_accuracy"][0] for r in results["grpo"]]
+    shown = {"before": [r["before"] for r in results["ar-uniform"]]}
+    shown |= {f"`{name}`": results[name] for name in ("grpo", "ar-uniform")}
+    rows = []
+    for name, runs in shown.items():
+        for i, k in enumerate(runs[0]["stopping"]["patience"]):
+            accuracy = [r["stopped_accuracy"][i] for r in runs]
+            thinking, tokens = (
+                over_seeds([r[f"stopped_{kind}_tokens"][i] for r in runs], 1)
+                for kind in ("thinking", "all")
+            )
+            difference = paired([r["stopped_difference"][i] for r in runs]) if k else ""
+            to_grpo = paired([a - b for a, b in zip(accuracy, full)])
+            cells = [over_seeds(accuracy), thinking, tokens, difference, to_grpo]
+            rows.append([name, str(k or "to the end"), *cells])
+    columns = ["patience k", "accuracy", "thinking tokens", "all tokens", "minus to the end"]
+    return markdown(["", *columns, "minus `grpo` to the end"], rows)
+
+
 def mean_curve(curves: list[dict]) -> dict:
     """What draw_curves draws: the mean over seeds, and one standard deviation."""
     columns = list(zip(*(c["accuracy"] for c in curves)))
@@ -281,6 +306,11 @@ paired difference is not significant at 95 % (Student's t).
 {results_table(results)}
 
 {comparison_table(results)}
+
+Thinking that stops once the answer has stayed the same at k of the 8 budgets in a row, one summary
+at each; "all tokens" are those of the thinking and of every summary up to there:
+
+{stopping_table(results)}
 
 Var[R - V] / Var[R] in the runs of `ar-uniform`, mean of the first {EARLY} steps, over rollouts with
 tokens in the segment (training data, T = 1: not the quantity of the paper's figure, which reports

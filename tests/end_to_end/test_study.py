@@ -30,6 +30,9 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         entry = {"step": 50, "budgets": budgets, "accuracy": [value] * 4, "thinking_tokens": 40.0}
         entry |= {"anytime_accuracy": value, "final_accuracy": value}
+        entry["stopping"] = {"patience": [0, 2], "agree": [1, 1]}
+        entry |= {"stopped_accuracy": [value, value + 0.1], "stopped_difference": [0, 0.1]}
+        entry |= {"stopped_thinking_tokens": [40.0, 20.0], "stopped_all_tokens": [44.0, 50.0]}
         before = entry | {"step": 0, "accuracy": [0.1] * 4, "anytime_accuracy": 0.1}
         (out / "eval.json").write_text(json.dumps(entry | {"before": before}))
         (out / "evals.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (before, entry)))
@@ -61,6 +64,10 @@ def test_the_tables_read_the_right_runs(tmp_path, monkeypatch):
     gap = sum(known["ar-uniform", s, 6e-4] - known["grpo", s, 3e-4] for s in (0, 1)) / 2
     row = next(line for line in text.splitlines() if "46.0 against 43.0" in line)
     assert f"{gap:+.3f} ± " in row
+    stopped = [known["ar-uniform", s, 6e-4] + 0.1 for s in (0, 1)]
+    row = next(x for x in text.splitlines() if x.startswith("| `ar-uniform` | 2 |"))
+    assert f"| {sum(stopped) / 2:.3f} ± " in row and "| 20.0 ± 0.0 | 50.0 ± 0.0 | +0.100 ±" in row
+    assert row.split(" | ")[6].startswith(f"{gap + 0.1:+.3f} ± ")  # against GRPO's full length
     assert "| `brpo` | 0.75 | 0.70 | 0.50 |" in text  # null is left out of the mean
     assert (tmp_path / "study.png").stat().st_size > 10_000
     assert (tmp_path / "anytime_curve.png").exists()
