@@ -66,9 +66,8 @@ def sample_records(
 ) -> dict[str, list[dict]]:
     """{set: records (curves.py), ordered by question and sample}, the same on all processes.
 
-    With a `folder`, questions recorded there are not sampled again, and new ones are recorded there
-    after about TRACES_PER_CHUNK traces a process. With a `label`, a progress bar, unless stderr is
-    no terminal.
+    With a `folder`, questions recorded there are not sampled again; new ones are recorded after
+    about TRACES_PER_CHUNK traces a process. With a `label`: a progress bar where a terminal is.
     """
     samplers = distributed.world_size() // group_size
     chunk = max(1, TRACES_PER_CHUNK * samplers // sampling.num_rollouts)
