@@ -164,6 +164,7 @@ def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -
     parts = [markdown(["model", "set", *columns], rows)]
     if any("stopping" in c for c in curves.values()):
         parts.append(stopping_table(curves))
+    parts.append(variance_table(curves))
     for label, sets in (differences or {}).items():
         rows = []
         for name, x in sets.items():
@@ -172,7 +173,7 @@ def table(curves: dict[str, dict], differences: dict[str, dict] | None = None) -
                 rows.append([label, name, *(cell(*pair, sign="+") for pair in pairs)])
         text = markdown(["", "set", *columns], rows)
         parts.append(f"Paired differences on the same questions:\n\n{text}")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def stopping_table(curves: dict[str, dict]) -> str:
@@ -185,6 +186,17 @@ def stopping_table(curves: dict[str, dict]) -> str:
                 rows.append([label, str(k or "to the end"), *cells])
     what = "Stopped once the answer had stayed the same at as many budgets in a row"
     return f"{what}:\n\n{markdown(['model', 'patience', *(c for c, *_ in STOPS)], rows)}"
+
+
+def variance_table(curves: dict[str, dict]) -> str:
+    """Var[R - V] / Var[R] per segment, where it was measured (curves.variance_figure); or ""."""
+    rows = []
+    for label, figure in ((label, c.get("variance")) for label, c in curves.items()):
+        for name in ("brpo", "group", "progress") if figure else ():
+            values = figure[f"residual/{name}"]
+            rows.append([label, name, *("-" if x is None else f"{x:.2f}" for x in values)])
+    head = ["", "Var[R - V] / Var[R]", "segment 1", "2", "3", "4"]
+    return markdown(head, rows) if rows else ""
 
 
 def cell(value: float | None, error: float | None, decimals: int = 3, sign: str = "") -> str:
@@ -237,6 +249,8 @@ def write_results(
     (a.output / "table.md").write_text(text)
     draw_curves(labelled, a.output / "anytime_curve.png")
     print(curve_lines(labelled))
+    if variance := variance_table(labelled):
+        print(f"\n{variance}\n")
     for m, by_set in differences.items():
         x = by_set["mean"]["anytime_accuracy"]
         difference = cell(x["difference"], x["stderr"], sign="+")

@@ -4,7 +4,15 @@ import matplotlib.figure
 import pytest
 
 from runtime.curves import paired_differences, summarise
-from runtime.plots import COLOURS, METHODS, colours_of, draw_curves, labels_of, table
+from runtime.plots import (
+    COLOURS,
+    METHODS,
+    colours_of,
+    draw_curves,
+    labels_of,
+    table,
+    variance_table,
+)
 from tests.runtime.test_curves import BUDGETS, random_columns
 
 
@@ -65,6 +73,15 @@ def test_points_stand_where_stopping_comes_to(tmp_path, monkeypatch):
     assert rows[1].startswith("| x | to the end | 0.200 ± 0.010 | 10.0 ± 0.0 | 50.0 ± 0.0 |")
     assert rows[2].endswith("| 0.300 ± 0.010 | 11.0 ± 0.0 | 51.0 ± 0.0 | +0.100 ± 0.010 |")
     assert [row.split(" | ")[1] for row in rows[1:]] == ["to the end", "1", "2"]
+
+
+def test_the_variance_of_each_baseline_is_a_table_where_it_was_measured():
+    figure = {
+        f"residual/{name}": [0.5, 0.25, 1 / 3, None] for name in ("brpo", "group", "progress")
+    }
+    lines = variance_table({"x": {"variance": figure}, "y": {"variance": None}}).splitlines()
+    assert lines[2] == "| x | brpo | 0.50 | 0.25 | 0.33 | - |" and len(lines) == 5
+    assert variance_table({"y": {}}) == ""
 
 
 def test_a_method_has_one_colour_in_every_figure():
