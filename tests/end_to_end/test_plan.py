@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -76,6 +77,15 @@ def test_a_plan_that_does_not_fit_says_what_to_lower(monkeypatch):
     assert "lower --kv-cache-gb to 21" in plan.describe(c, None, machine)
     sizes["weights"] = 40 * plan.GIB
     assert "8 GPU(s): fits" in plan.describe(c, None, machine)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_other_families_have_a_plan(family, tmp_path, capsys):
+    config = getattr(transformers, f"{family}Config")(**SHAPE)
+    config.save_pretrained(tmp_path)
+    plan.main(["--model", str(tmp_path), "--gpus", "1"])
+    text = capsys.readouterr().out
+    assert text.startswith("small · ar-uniform") and "1 GPU(s): fits" in text
 
 
 def test_a_model_without_a_config_ends_with_one_line(capsys):
