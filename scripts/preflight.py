@@ -56,7 +56,7 @@ LIMIT = {"cpu": 1e-4, "cuda": 3e-2}
 def small(args: list[str]) -> Config:
     """The run of these flags in small; questions: as many as processes, two at least, in pairs."""
     world = distributed.world_size()
-    if not any(a.startswith("--preset") for a in args):  # the miniature's own traces are short
+    if parse(args).preset == "miniature":  # its own traces are short
         args = ["--max-budget", "48", *args]
     questions = world if world % 2 == 0 else 2 * world
     flags = [str(x) for k, v in SMALL.items() for x in (f"--{k}", v)]

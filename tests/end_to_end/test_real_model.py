@@ -51,7 +51,8 @@ def flags(smollm, tmp_path_factory):
         rows = [row for row in json.loads(math.read_text()) if len(row["problem"]) < 120][:64]
     data = tmp_path_factory.mktemp("data") / "short.json"
     data.write_text(json.dumps(rows))
-    model = ["--model", str(smollm), "--max-prompt-tokens", "100"]
+    model = ["--model", str(smollm), *"--max-prompt-tokens 100 --engine plain".split()]
+    model += ["--kv-cache-gb", "1"]
     return [*model, "--train-data", str(data), "--eval-data", str(data)]
 
 

@@ -1,5 +1,6 @@
 """Settings: where a default comes from, what the paper's runs are, and what is refused."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -41,11 +42,12 @@ def test_a_model_without_a_preset_is_trained_and_measured_by_small(tmp_path):
     assert parse(["--model", str(saved)]).preset == "miniature"
     assert parse_evaluation([str(saved)])[0].preset == "miniature"
     (saved / "config.json").write_text(json.dumps({"vocab_size": 49152}))
+    engine = "vllm" if importlib.util.find_spec("vllm") else "plain"
     for model in (str(saved), "Qwen/Qwen3-0.6B"):
         c = parse(["--model", model])
         assert c.preset == "small" and c.budget_prior.budgets == (500, 1000, 1500, 2000)
         assert c.max_summary_tokens == 118 and c.max_prompt_tokens == 1024 and c.lr == 1e-6
-        assert "\\boxed" in c.prompt_template and c.engine == "plain"  # vLLM is not installed
+        assert "\\boxed" in c.prompt_template and c.engine == engine
         cost = 64 * c.eval_samples * len(c.evaluation_budgets)
         assert c.eval_questions == 64 and cost == 64 * 4 * 8
         a, c = parse_evaluation([model, *"--data my.jsonl --budgets 250 500 1000 2000".split()])
