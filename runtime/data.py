@@ -35,9 +35,9 @@ NAMED_SETS = {"deepscaler": "hf://datasets/agentica-org/DeepScaleR-Preview-Datas
 # 272 questions there, and OlympiadBench has 675 rows.
 #
 # An answer is right if it verifies against any one of the listed ground truths, each tried alone.
-# For 6 Minerva questions the two listed answers do not verify against each other: four differ in
-# value (0.01 and 0.02), two in form alone (t/m and (1/m)t). All stay: the makers of the set accept
-# either, and so does the authors' code.
+# For 7 Minerva questions the two listed answers do not verify against each other: four differ in
+# value (0.01 and 0.02), three in form alone (t/m and (1/m)t; a number with and without a compound
+# unit). All stay: the makers of the set accept either, and so does the authors' code.
 PAPER_SETS_URL = (
     "https://raw.githubusercontent.com/sail-sg/AnytimeReasoner/"
     "80cf3299c59bbe8670f485e446efbe80220467f2/anytime_reasoner/data/test/"

@@ -223,7 +223,7 @@ def _write_base(path: Path, seed: int):
     torch.manual_seed(seed)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), w["lr"], w["betas"], weight_decay=0.0)
-    for step in trange(w["steps"], desc="warm start", mininterval=1.0):
+    for step in trange(w["steps"], desc="warm start", mininterval=1.0, disable=None):
         # Linear warm-up, then linear decay to `final_lr` of the peak.
         share = min(1, (step + 1) / w["warmup"]) * (1 - (1 - w["final_lr"]) * step / w["steps"])
         optimizer.param_groups[0]["lr"] = w["lr"] * share

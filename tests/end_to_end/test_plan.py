@@ -60,7 +60,9 @@ def test_the_peak_of_a_real_process(peaks, processes, tmp_path, monkeypatch):
     """A real update of the same shapes, its resident memory against the planned bytes."""
     # Large blocks straight from the system and back: resident memory follows the tensors.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    run_script("tests/end_to_end/test_plan.py", tmp_path / "peak.json", processes=processes)
+    run_script(
+        "tests/end_to_end/test_plan.py", tmp_path / "peak.json", processes=processes, timeout=600
+    )
     measured = json.loads((tmp_path / "peak.json").read_text())
     planned = sum(peaks[processes].values()) - peaks[processes]["parameters"]
     print(f"{processes} process(es), MiB: planned {planned >> 20}, measured {measured >> 20}")

@@ -251,7 +251,7 @@ def test_training_sets_load_with_their_counts(name, count, blank):
 @needs_data
 @pytest.mark.parametrize("sample", [12, pytest.param(75, marks=pytest.mark.slow)])
 def test_every_listed_answer_of_minerva_counts_alone(sample):
-    """Each alternative verifies against the list; for 6 questions not against its sibling."""
+    """Each alternative verifies against the list; for 7 questions not against its sibling."""
     rows, _ = load_rows(str(SHARED / "data" / "test" / "minerva.json"))
     listed = random.Random(0).sample([truths for _, truths in rows if len(truths) > 1], sample)
     pairs = [(a, b) for truths in listed for a in truths for b in truths if a != b]
@@ -259,7 +259,7 @@ def test_every_listed_answer_of_minerva_counts_alone(sample):
         alone = verifier.score([(f"\\boxed{{{t}}}", truths) for truths in listed for t in truths])
         siblings = verifier.score([(f"\\boxed{{{a}}}", b) for a, b in pairs])
     assert set(alone) == {1.0}
-    assert len({frozenset(p) for p, s in zip(pairs, siblings) if s == 0}) <= 6
+    assert len({frozenset(p) for p, s in zip(pairs, siblings) if s == 0}) <= 7
 
 
 # ------------------------------------------------------------------------------------- prompts
