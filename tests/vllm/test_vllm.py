@@ -365,20 +365,9 @@ def test_evaluate_opens_one_engine_after_another(trained_model_path, tiny_model_
 
 
 @pytest.mark.slow
-def test_the_miniature_learns_alike_with_both_engines(tmp_path):
-    """The engines draw different samples, so the runs differ; what they reach must not, beyond the
-    noise of runs.
-
-    Compared by the mean reward of the last 5 of 15 steps, 640 rollouts: a single evaluation moves
-    by more from step to step.
-    """
-    reached = {}
-    for engine, processes in (("plain", 0), ("vllm", 2)):
-        out, flags = tmp_path / engine, "--steps 15 --eval-questions 64 --save-every 0".split()
-        args = ["--engine", engine, "--output-dir", out, *flags]
-        run_script("train.py", *args, processes=processes, timeout=900)
-        rewards = [step["anytime_reward"] for step in read(out / "metrics.jsonl")]
-        reached[engine] = sum(rewards[-5:]) / 5
-        result = json.loads((out / "eval.json").read_text())
-        assert result["anytime_accuracy"] > result["before"]["anytime_accuracy"] + 0.25
-    assert abs(reached["plain"] - reached["vllm"]) < 0.1, reached
+def test_the_miniature_learns_on_two_processes(tmp_path):
+    """The first 15 steps of the default run, which raise anytime accuracy a good deal."""
+    flags = "--engine vllm --steps 15 --eval-questions 64 --save-every 0 --output-dir".split()
+    run_script("train.py", *flags, tmp_path, processes=2, timeout=900)
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["anytime_accuracy"] > result["before"]["anytime_accuracy"] + 0.25
