@@ -20,14 +20,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
 
-@pytest.fixture(autouse=True)
-def whole_launcher_environment():
-    """A test that patched one of a launcher's variables has left the others, set by start()."""
-    if any(name not in os.environ for name in distributed.LAUNCHER):
-        for name in distributed.LAUNCHER:
-            os.environ.pop(name, None)
-
-
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory) -> Path:
     """The miniature's architecture and tokenizer with random weights: enough wherever learning is
