@@ -278,7 +278,7 @@ FREE = set(
 )
 
 
-def identity(c: Config) -> dict:
+def settings_that_count(c: Config) -> dict:
     """The settings that change a run's numbers, as JSON holds them."""
     free = FREE
     if c.lr_schedule == "linear":
@@ -289,8 +289,9 @@ def identity(c: Config) -> dict:
 
 def directory_of(c: Config) -> str:
     """runs/<preset>-<experiment>[-<setting>-<value>]...-seed<seed>: all that is not the default."""
-    usual = identity(replace(defaults(c.preset, c.experiment), seed=c.seed))
-    changed = {k: file_name(str(v), 40) for k, v in identity(c).items() if usual.get(k) != v}
+    usual = settings_that_count(replace(defaults(c.preset, c.experiment), seed=c.seed))
+    settings = settings_that_count(c)
+    changed = {k: file_name(str(v), 40) for k, v in settings.items() if usual.get(k) != v}
     names = [f"{c.preset}-{c.experiment}", *(f"{k}-{v}" for k, v in changed.items())]
     return f"runs/{file_name('-'.join(names))}-seed{c.seed}"
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 import brpo
-from rewards import answer_paragraph, cumulative_returns, mean_rewards
+from rewards import cumulative_returns, mean_rewards
 from rollout import Rollout, Sampling
 from runtime import rundir
 from runtime.models import model_digest
 from runtime.stopping import rules, stopped
-from runtime.watch import answer_text, readable
+from runtime.watch import graded_text, readable
 from tasks.reward_function import reward_source
 from tasks.verifier import extract_answer
 
@@ -44,7 +44,7 @@ def record(r: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:
     def by_budget(values: list) -> list[list]:
         return [values[i : i + draws] for i in range(0, len(values), draws)]
 
-    texts = [answer_paragraph(answer_text(s, tokenizer)) for s in r.summaries]
+    texts = [graded_text(s, tokenizer) for s in r.summaries]
     kept = {
         "question": r.question.index,
         "sample": r.sample,
@@ -112,8 +112,8 @@ def per_question(records: list[dict]) -> np.ndarray:
         overthinking = max(rewards) > rewards[-1]
         closed = r["finish"] == "closed"
         stops = np.transpose([stopped(r, *rule) for rule in rules(len(r["scores"][0]))]).ravel()
-        tokens = r["thinking_tokens"], np.mean(r["summary_tokens"])
-        return [*rewards, tokens[0], closed, overthinking, tokens[1], *stops]
+        summary = np.mean(r["summary_tokens"])
+        return [*rewards, r["thinking_tokens"], closed, overthinking, summary, *stops]
 
     return np.array([np.mean([columns(r) for r in q], axis=0) for q in by_question(records)])
 

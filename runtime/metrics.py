@@ -87,9 +87,6 @@ class Progress:
 
         return grade_and_count
 
-    def restart_count(self):
-        self.graded.reset()
-
     def close(self):
         self.graded.close()
         self.steps.close()
@@ -157,7 +154,7 @@ def log_step(c, run, step: Step):
             text = readable(r, c.budget_prior.budgets, run.tokenizer)
             append(run.dir / "samples.jsonl", {"step": step.number, **text})
         run.bar.steps.update()
-        run.bar.restart_count()
+        run.bar.graded.reset()
         say(
             f"step {step.number:4d}  reward {' '.join(f'{r:.2f}' for r in m['reward'])}  "
             f"anytime {m['anytime_reward']:.3f}  thinking {m['thinking_tokens']:.1f}  "
@@ -323,7 +320,7 @@ def log_evaluation(run, step: int, curve: dict):
     run.history.append({"step": step, **curve, "settings": run.evaluation})
     if distributed.rank() > 0:
         return
-    run.bar.restart_count()
+    run.bar.graded.reset()
     before, after = before_and_after(run.history)
     append(run.dir / "evals.jsonl", after)
     rundir.write(run.dir / "eval.json", json.dumps({**after, "before": before}, indent=1))

@@ -17,7 +17,7 @@ from packing import check_attention
 from rewards import answer_paragraph
 from rollout import Markers, make_grader
 from runtime import checkpoint, distributed, rundir
-from runtime.config import Config, Evaluation, batch_arithmetic, check, identity
+from runtime.config import Config, Evaluation, batch_arithmetic, check, settings_that_count
 from runtime.data import load_questions, make_questions, set_names
 from runtime.engines import make_engine, require_engine
 from runtime.metrics import Logger, Progress, multiplied_weights, require_logger
@@ -181,7 +181,7 @@ def make_verifier(c: Config) -> SummaryVerifier | RewardFunction:
 
 def identity_of(c: Config, questions: list) -> dict:
     """All that changes a run's numbers: a checkpoint of another identity is not resumed."""
-    return identity(c) | {
+    return settings_that_count(c) | {
         "data": rundir.digest(questions),
         "model_files": model_digest(c.model),
         "reward_file": rundir.digest(reward_source(c.reward)),

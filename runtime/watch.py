@@ -50,7 +50,7 @@ class Watched:
         return outputs
 
     def answered(self, rollout: Rollout, summary: Summary):
-        text = answer_paragraph(answer_text(summary, self.tokenizer))
+        text = graded_text(summary, self.tokenizer)
         boxed = extract_answer(text) or None
         shown = boxed or (text and f"(no box) {text}") or "none: the text had ended"
         self.answers[summary.budget_index][summary.draw] = boxed, shown
@@ -83,6 +83,11 @@ class Watched:
 
 def answer_text(summary: Summary, tokenizer) -> str:
     return tokenizer.decode(summary.tokens).removesuffix(tokenizer.eos_token)
+
+
+def graded_text(summary: Summary, tokenizer) -> str:
+    """The part of a summary that its answer is read from."""
+    return answer_paragraph(answer_text(summary, tokenizer))
 
 
 def readable(rollout: Rollout, budgets: tuple[int, ...], tokenizer) -> dict:

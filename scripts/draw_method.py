@@ -56,17 +56,15 @@ def draw_trace(axes):
     group = torch.cat([rewards, torch.tensor([OTHERS])], dim=1)  # [1, G, M]
     of_group = cumulative_returns(group, PRIOR.probs)
     returns = of_group[0, 0].tolist()  # [M]
+    advantages = brpo.thinking_advantages(group, of_group, PRIOR.budgets, PRIOR.probs)
     baselines = [
         ("own progress $V^1_j$, from $r_k$, $k<j$", brpo.progress_baseline(group, PRIOR.probs)),
         ("group's mean $V^2_j$, G = 3", brpo.group_baseline(of_group).expand_as(of_group)),
         (
             r"baseline $V_j=\frac{b_{j-1}}{b_M}V^1_j+(1-\frac{b_{j-1}}{b_M})V^2_j$",
-            of_group - brpo.thinking_advantages(group, of_group, PRIOR.budgets, PRIOR.probs),
+            of_group - advantages,
         ),
-        (
-            "advantage $A_j=R_j-V_j$",
-            brpo.thinking_advantages(group, of_group, PRIOR.budgets, PRIOR.probs),
-        ),
+        ("advantage $A_j=R_j-V_j$", advantages),
     ]
     first = len(PROMPT)
     for i, token in enumerate(PROMPT):

@@ -85,7 +85,7 @@ def _load(name: str):
         sys.modules.update(ours)
 
 
-def _problem(name: str, trial: tuple = ()) -> str:
+def _problem(name: str, trial: tuple) -> str:
     """In words why the function, which is called with `trial`, cannot be used; "" if it can."""
     try:
         function = _load(name)
@@ -97,7 +97,7 @@ def _problem(name: str, trial: tuple = ()) -> str:
     except Exception as e:
         return f"{type(e).__name__}: {e}"
     with contextlib.suppress(Exception):  # of a text that nobody wrote, it may complain
-        score = function(*trial, **context) if trial else 0.0
+        score = function(*trial, **context)
         if not hasattr(score, "__float__") and not hasattr(score, "result"):
             return f"it returned {score!r}, a {type(score).__name__}, which is not a number"
     return ""

@@ -82,7 +82,7 @@ def test_graded_summaries_are_counted_on_a_terminal_alone(kind, rank, monkeypatc
     assert [grade("r", i) for i in range(3)] == [("r", i) for i in range(3)]
     bars.graded.refresh()
     text = stderr.getvalue()
-    bars.restart_count()
+    bars.graded.reset()
     again = stderr.getvalue().removeprefix(text)
     bars.close()
     if rank == 0 and kind is Terminal:
