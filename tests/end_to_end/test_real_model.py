@@ -58,11 +58,11 @@ def flags(smollm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm_run(flags, tmp_path_factory):
-    """The directory of a run: 2 questions × 2 traces of up to 64 tokens × 4 budgets × 2 summaries;
+    """The directory of a run: 2 questions × 2 traces of up to 32 tokens × 4 budgets × 2 summaries;
     its second step samples with the weights that the first one has moved."""
     out = tmp_path_factory.mktemp("vllm") / "out"
-    sizes = "--engine vllm --steps 2 --questions-per-step 2 --num-rollouts 2 --max-budget 64"
-    sizes += " --num-summaries 2 --max-summary-tokens 32 --max-tokens-per-row 1024 --lr 1e-5"
+    sizes = "--engine vllm --steps 2 --questions-per-step 2 --num-rollouts 2 --max-budget 32"
+    sizes += " --num-summaries 2 --max-summary-tokens 16 --max-tokens-per-row 1024 --lr 1e-5"
     run_script("train.py", *flags, *sizes.split(), *FEW, "--output-dir", out, timeout=900)
     return out
 
@@ -79,7 +79,8 @@ def test_two_steps_of_the_paper_in_small_with_vllm(vllm_run):
 def preflight_run(flags, tmp_path_factory, run_ranks):
     """The directory of a preflight with the plain engine, and what it printed."""
     out = tmp_path_factory.mktemp("preflight") / "out"
-    args = [*flags, *SHORT, "--output-dir", str(out)]
+    few = "--num-summaries 1 --updates-per-step 1".split()
+    args = [*flags, *SHORT, *few, "--output-dir", str(out)]
     return out, run_ranks(lambda _: sys.exit(not preflight.main(args)), world=1, timeout=900)
 
 
