@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 from rollout import Output, Request
-from runtime.models import first_line, load_model, read_config, without_weights
+from runtime.models import as_saved, first_line, load_model, read_config, without_weights
 
 # SplitMix64's constants, as signed 64-bit integers.
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -288,8 +288,13 @@ class VllmEngine:
             self.engine = LLMEngine.from_engine_args(EngineArgs(model=model_path, **settings))
         except SafetensorError as e:
             raise ValueError(f"{model_path} does not load ({first_line(e)}): get it again") from e
-        self.names = set(without_weights(read_config(model_path)).state_dict())
         self.version = 0
+        try:
+            self.model = without_weights(read_config(model_path))
+        except AssertionError as e:  # it has decorated transformers' classes of the model
+            self.close()
+            problem = "has no code of its own for this model, and changes that of the trainer"
+            raise ValueError(f"{model_path}: vLLM {problem}: use --engine plain") from e
 
     def add(self, request: Request):
         from vllm import SamplingParams
@@ -336,14 +341,15 @@ class VllmEngine:
             fix = "step() until has_work() is False"
             raise RuntimeError(f"sync_weights while requests run would mix two policies: {fix}")
         self.engine.step()  # what vLLM scheduled ahead on a GPU, for requests that are over
-        missing = set(self.names)
+        missing = set(self.model.state_dict())
 
         def passing_through():
             for name, tensor in weights:
                 missing.discard(name)
                 yield name, tensor
 
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": passing_through()})
+        saved = as_saved(self.model, passing_through())
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": saved})
         if missing:  # vLLM only logs these
             raise RuntimeError(f"weights never synced: {sorted(missing)[:5]}")
         # The old policy's keys and values would be served silently to prompts seen before.

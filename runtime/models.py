@@ -4,6 +4,8 @@ import hashlib
 import re
 import socket
 import sys
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -11,6 +13,7 @@ from urllib.request import getproxies
 import torch
 import transformers
 from huggingface_hub import constants
+from transformers.core_model_loading import revert_weight_conversion
 
 from packing import Tree, pack
 from rollout import Request
@@ -103,6 +106,15 @@ def without_weights(config):
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
+def as_saved(model, weights: Iterable[tuple[str, torch.Tensor]]):
+    """(name, tensor) of a state_dict as the model's files have them, a layer at a time.
+
+    Transformers holds the experts of some models as one tensor, or under other names.
+    """
+    for _, layer in groupby(weights, key=lambda item: re.findall(r"\.\d+\.", item[0])[:1]):
+        yield from revert_weight_conversion(model, dict(layer)).items()
+
+
 def load_model(path: str, dtype: torch.dtype, attention: str):
     """The model with its weights, on the CPU. `attention`: transformers' attn_implementation.
 
@@ -162,14 +174,13 @@ def check_numbers(engine, model, longest: int, device: torch.device):
     sampled = row.sampler_logp[row.trained]
     logp = sampled if model is None else model.token_logprobs(row)[row.trained]
     if hasattr(model, "reshard"):
-        # Without a backward FSDP leaves the root's weights gathered, and an optimizer made now
-        # would hold these copies instead of the shards.
-        model.reshard()
+        model.reshard()  # without a backward FSDP leaves the root's weights gathered
     gap = float((logp - sampled).abs().max())
     if not gap < LARGEST_GAP[device.type]:  # nan is refused as well
         raise ValueError(
             f"the log-probs of trainer and sampler differ by {gap:.2g} for sequences of up to "
-            f"{longest} tokens: this kind of model (its rotary scaling, for one) cannot be trained"
+            f"{longest} tokens: this kind of model (its rotary scaling, for one) cannot be "
+            "trained, or not with this --engine"
         )
 
 

@@ -124,8 +124,8 @@ def _draw_lines(axes, curves: dict[str, dict], colours: dict[str, str]):
         axes.fill_between(x, y - error, y + error, color=colour, alpha=0.18, linewidth=0)
         dots = 3.5 if len(y) <= 12 else 0
         axes.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=dots, clip_on=False)
-        for i, k in shown_rules(curve):
-            if k:
+        for i, (k, agree) in enumerate(zip(*curve.get("stopping", {}).values())):
+            if k and agree == 1:  # what follows depends on k most
                 point = curve["stopped_thinking_tokens"][i], curve["stopped_accuracy"][i]
                 axes.scatter(*point, marker="D", s=26, fc="white", ec=colour, lw=1.2, zorder=3)
                 look = {"textcoords": "offset points", "color": colour, "fontsize": 8}
@@ -178,18 +178,13 @@ def stopping_table(curves: dict[str, dict]) -> str:
     """What stopping early comes to, mean over sets; or ""."""
     rows = []
     for label, x in curves.items():
-        for i, k in shown_rules(x):
+        for i, (k, agree) in enumerate(zip(*x.get("stopping", {}).values())):
             cells = [cell(x[key][i], x["errors"][key][i], *how) for _, key, *how in STOPS]
-            rows.append([label, str(k or "to the end"), *cells])
+            votes = f", {agree} votes" if agree > 1 else ""
+            rows.append([label, f"{k}{votes}" if k else "to the end", *cells])
     what = "Stopped once the answer had stayed the same at as many budgets in a row"
     text = markdown(["model", "patience", *(column for column, *_ in STOPS)], rows)
     return f"{what}:\n\n{text}" if rows else ""
-
-
-def shown_rules(curve: dict) -> list[tuple[int, int]]:
-    """(number of the rule, k) of the stopping rules with k' = 1: what follows depends on k most."""
-    rules = enumerate(zip(*curve.get("stopping", {}).values()))
-    return [(i, k) for i, (k, agree) in rules if agree == 1]
 
 
 def variance_table(curves: dict[str, dict]) -> str:

@@ -209,14 +209,15 @@ def load(c: Config, run: Run):
     engine = make_engine(c.engine, path, device, run.longest, c.tensor_parallel_size, c.kv_cache_gb)
     torch.manual_seed(c.seed)  # after the engine, whose start reseeds; nothing below draws
     model = distributed.load_policy(path, device)
-    check_numbers(engine, model, run.longest, device)
     run.weights = multiplied_weights(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay
     )
     if run.checkpoint:
         checkpoint.load_checkpoint(run.checkpoint, model, optimizer)
-        engine.sync_weights(distributed.full_weights(model), version=run.first_step)
+    # Without a checkpoint too: weights that do not arrive as they are should stop the run here.
+    engine.sync_weights(distributed.full_weights(model), version=run.first_step)
+    check_numbers(engine, model, run.longest, device)
     run.verifier = make_verifier(c)
     run.bar = Progress(c, run.steps, run.first_step)
     run.grade = run.bar.counting(make_grader(run.verifier, run.tokenizer, run.markers))

@@ -15,6 +15,7 @@ import evaluate
 import train
 from runtime.config import Config, parse
 from runtime.data import messages, render
+from runtime.models import as_saved, read_config, without_weights
 from tasks import arithmetic
 from tests.runtime.test_tokenizers import r1_tokenizer
 
@@ -117,6 +118,17 @@ QUICK = ("Qwen3Moe", "Mistral")  # the others with the slow tests
 def test_a_family_trains_and_is_saved_whole(family, tmp_path):
     model = make_model(family, FAMILIES[family], tmp_path / "model")
     assert_trained_and_saved(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_for_vllm_are_as_in_the_models_files(family, tmp_path):
+    """Names, shapes and values; a tied head, which files leave out, besides."""
+    path = make_model(family, FAMILIES[family], tmp_path / "model")
+    model, skeleton = AutoModelForCausalLM.from_pretrained(path), without_weights(read_config(path))
+    weights = dict(as_saved(skeleton, model.state_dict().items()))
+    files = load_file(path / "model.safetensors")
+    assert weights.keys() - files.keys() <= {"lm_head.weight"} and files.keys() <= weights.keys()
+    assert all(torch.equal(weights[name], saved) for name, saved in files.items())
 
 
 @pytest.mark.parametrize("family", REFUSED)

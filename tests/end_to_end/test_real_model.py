@@ -35,8 +35,9 @@ OWN = [
     ("What is 60% of 45?", "27"),
 ]
 GAP = 1e-4  # mean |log-prob difference|; about 1e-5 is seen
-FEW = "--eval-questions 1 --eval-samples 1 --num-eval-budgets 1 --save-every 0".split()
-SHORT = "--max-budget 16 --max-summary-tokens 16 --num-rollouts 2".split()
+# A token of a sequence takes 0.2 s or more, in however many sequences at a time.
+FEW = "--eval-questions 1 --eval-samples 1 --eval-budgets 2 --save-every 0".split()
+SHORT = "--max-budget 16 --max-summary-tokens 8 --num-rollouts 2".split()
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,11 @@ def flags(smollm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm_run(flags, tmp_path_factory):
-    """The directory of a run: 2 questions × 2 traces of up to 32 tokens × 4 budgets × 2 summaries;
+    """The directory of a run: 2 questions × 2 traces of up to 16 tokens × 4 budgets × 2 summaries;
     its second step samples with the weights that the first one has moved."""
     out = tmp_path_factory.mktemp("vllm") / "out"
-    sizes = "--engine vllm --steps 2 --questions-per-step 2 --num-rollouts 2 --max-budget 32"
-    sizes += " --num-summaries 2 --max-summary-tokens 16 --max-tokens-per-row 1024 --lr 1e-5"
-    run_script("train.py", *flags, *sizes.split(), *FEW, "--output-dir", out, timeout=900)
+    sizes = "--engine vllm --steps 2 --questions-per-step 2 --num-summaries 2 --lr 1e-5"
+    run_script("train.py", *flags, *SHORT, *sizes.split(), *FEW, "--output-dir", out, timeout=900)
     return out
 
 
@@ -79,7 +79,7 @@ def test_two_steps_of_the_paper_in_small_with_vllm(vllm_run):
 def preflight_run(flags, tmp_path_factory, run_ranks):
     """The directory of a preflight with the plain engine, and what it printed."""
     out = tmp_path_factory.mktemp("preflight") / "out"
-    few = "--num-summaries 1 --updates-per-step 1".split()
+    few = "--num-summaries 1 --updates-per-step 1 --eval-budgets 2".split()
     args = [*flags, *SHORT, *few, "--output-dir", str(out)]
     return out, run_ranks(lambda _: sys.exit(not preflight.main(args)), world=1, timeout=900)
 

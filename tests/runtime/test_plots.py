@@ -52,7 +52,7 @@ def test_a_picture_shows_the_mean_and_every_set_with_labels(sets, tmp_path, monk
 
 
 def test_points_stand_where_stopping_comes_to(tmp_path, monkeypatch):
-    """For k' = 1; a row of the table for each of them, and for thinking to the end."""
+    """In the figure for k' = 1; a row of the table for each, and for thinking to the end."""
     described, seen = curve(["a"])[0], []
     stopping = {"patience": [0, 1, 1, 2], "agree": [1, 1, 2, 1]}
     numbers = {"accuracy": [0.2, 0.3, 0.4, 0.5], "thinking_tokens": [10, 11, 12, 13]}
@@ -72,7 +72,7 @@ def test_points_stand_where_stopping_comes_to(tmp_path, monkeypatch):
     rows = [line for line in table({"x": described}).splitlines() if line.startswith("| x | ")]
     assert rows[1].startswith("| x | to the end | 0.200 ± 0.010 | 10.0 ± 0.0 | 50.0 ± 0.0 |")
     assert rows[2].endswith("| 0.300 ± 0.010 | 11.0 ± 0.0 | 51.0 ± 0.0 | +0.100 ± 0.010 |")
-    assert [row.split(" | ")[1] for row in rows[1:]] == ["to the end", "1", "2"]
+    assert [row.split(" | ")[1] for row in rows[1:]] == ["to the end", "1", "1, 2 votes", "2"]
 
 
 def test_the_variance_of_each_baseline_is_a_table_where_it_was_measured():

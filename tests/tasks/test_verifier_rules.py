@@ -195,9 +195,9 @@ def boxed(text):
     return "**Final Answer**\n\\boxed{" + text + "}"
 
 
-def samples(quick: int):
-    """Runs a test on so many samples and, with -m slow, on all (count = None)."""
-    return pytest.mark.parametrize("count", [quick, pytest.param(None, marks=pytest.mark.slow)])
+def samples(quick: int, slow: int | None = None):
+    """Runs a test on so many samples and, with -m slow, on more; None: on all."""
+    return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +442,7 @@ def mutations(truth):
         yield from (f"-({text})", f"{text} q", rf"\{{{text}, 3\}}", "5")
 
 
-@samples(100)
+@samples(100, 500)
 def test_mutations_of_dataset_ground_truths_score_0(verifier, count):
     truths = shuffled(1)[:count]
     pairs = [("", boxed(wrong), truth) for truth in truths for wrong in mutations(truth)]

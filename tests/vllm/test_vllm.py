@@ -326,8 +326,8 @@ def read(path):
 
 
 def short_run(model, out, *args, processes):
-    flags = "--engine vllm --steps 2 --questions-per-step 4 --num-rollouts 4 --eval-questions 8"
-    flags += " --save-every 0 --verifier-workers 1"
+    flags = "--engine vllm --steps 2 --questions-per-step 4 --num-rollouts 4 --eval-questions 4"
+    flags += " --max-budget 32 --num-eval-budgets 4 --save-every 0 --verifier-workers 1"
     paths = ["--model", model, "--output-dir", out]
     run_script("train.py", *flags.split(), *paths, *args, processes=processes)
     return read(out / "metrics.jsonl"), json.loads((out / "eval.json").read_text())
