@@ -7,7 +7,6 @@ both engines, 1 and 2 processes, and the saved model in both engines.
 
 import importlib.util
 import json
-import sys
 
 import pytest
 import torch
@@ -18,10 +17,8 @@ from rollout import Request
 from runtime import distributed
 from runtime.config import parse
 from runtime.engines import PlainEngine, VllmEngine
-from scripts import preflight
 from tests.conftest import SHARED, free_port, run_script
 from tests.end_to_end import make_smollm
-from tests.end_to_end.test_preflight import PARTS, verdicts
 from tests.end_to_end.test_train import assert_equal_metrics, metrics_of
 
 pytestmark = pytest.mark.real
@@ -73,23 +70,6 @@ def test_two_steps_of_the_paper_in_small_with_vllm(vllm_run):
         print(json.dumps(step))  # for the log of .ci/run
         assert step["sampler_gap"] < GAP and step["trained_tokens"] > 100
         assert step["thinking_tokens"] > 8
-
-
-@pytest.fixture(scope="module")
-def preflight_run(flags, tmp_path_factory, run_ranks):
-    """The directory of a preflight with the plain engine, and what it printed."""
-    out = tmp_path_factory.mktemp("preflight") / "out"
-    few = "--num-summaries 1 --updates-per-step 1 --eval-budgets 2".split()
-    args = [*flags, *SHORT, *few, "--output-dir", str(out)]
-    return out, run_ranks(lambda _: sys.exit(not preflight.main(args)), world=1, timeout=900)
-
-
-def test_the_preflight_passes(preflight_run):
-    out, text = preflight_run
-    assert verdicts(text) == dict.fromkeys(PARTS, "ok"), text[-3000:]
-    steps = metrics_of(out)
-    assert len(steps) == 2
-    assert all(m["thinking_tokens"] > 2 and m["sampler_gap"] < GAP for m in steps)
 
 
 def test_two_processes_train_like_one(flags, tmp_path, monkeypatch, run_ranks):
