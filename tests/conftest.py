@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def run_script(
         f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )
     return done.stdout + done.stderr
+
+
+@contextmanager
+def world_of_one():
+    """Joined to a group of one process; its variables are gone afterwards, so that they reach no
+    other test's processes."""
+    values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (values | {"MASTER_PORT": free_port()}).items():
+            patch.setenv(name, str(value))
+        distributed.start()
+        yield
+        distributed.stop()
 
 
 def alone() -> dict:

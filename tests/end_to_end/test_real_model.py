@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from rollout import Request
-from runtime import distributed
 from runtime.config import parse
 from runtime.engines import PlainEngine, VllmEngine
-from tests.conftest import SHARED, free_port, run_script
+from tests.conftest import SHARED, run_script, world_of_one
 from tests.end_to_end import make_smollm
 from tests.end_to_end.test_train import assert_equal_metrics, metrics_of
 
@@ -31,6 +30,8 @@ OWN = [
     ("How many minutes are there between 9:40 and 12:05?", "145"),
     ("What is 60% of 45?", "27"),
 ]
+# So short, random answers: something that varies, so that the weights move.
+REWARD = "def odd(summary, ground_truth, question):\n    return float(len(summary) % 2)\n"
 GAP = 1e-4  # mean |log-prob difference|; about 1e-5 is seen
 # A token of a sequence takes 0.2 s or more, in however many sequences at a time.
 FEW = "--eval-questions 1 --eval-samples 1 --eval-budgets 2 --save-every 0".split()
@@ -58,10 +59,12 @@ def flags(smollm, tmp_path_factory):
 def vllm_run(flags, tmp_path_factory):
     """The directory of a run: 2 questions × 2 traces of up to 16 tokens × 4 budgets × 2 summaries;
     its second step samples with the weights that the first one has moved."""
-    out = tmp_path_factory.mktemp("vllm") / "out"
+    root = tmp_path_factory.mktemp("vllm")
+    (root / "odd.py").write_text(REWARD)
     sizes = "--engine vllm --steps 2 --questions-per-step 2 --num-summaries 2 --lr 1e-5"
-    run_script("train.py", *flags, *SHORT, *sizes.split(), *FEW, "--output-dir", out, timeout=900)
-    return out
+    args = [*flags, *SHORT, *sizes.split(), *FEW, "--reward", "odd:odd", "--output-dir", "out"]
+    run_script("train.py", *args, cwd=root, timeout=900)
+    return root / "out"
 
 
 @needs_vllm
@@ -69,6 +72,7 @@ def test_two_steps_of_the_paper_in_small_with_vllm(vllm_run):
     for step in metrics_of(vllm_run):
         print(json.dumps(step))  # for the log of .ci/run
         assert step["sampler_gap"] < GAP and step["trained_tokens"] > 100
+        assert min(step["grad_norm"]) > 1e-3
         assert step["thinking_tokens"] > 8
 
 
@@ -77,9 +81,7 @@ def test_two_processes_train_like_one(flags, tmp_path, monkeypatch, run_ranks):
 
     Of 49k tokens most are next to impossible, and rounding differs between the two runs.
     """
-    (tmp_path / "odd.py").write_text(
-        "def odd(summary, ground_truth, question):\n    return float(len(summary) % 2)\n"
-    )
+    (tmp_path / "odd.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
     sizes = "--reward odd:odd --num-budgets 2 --num-summaries 2 --questions-per-step 2"
     args = [*flags, *SHORT, *sizes.split(), *FEW, "--lr", "1e-4", "--lr-schedule", "constant"]
@@ -95,7 +97,7 @@ def test_two_processes_train_like_one(flags, tmp_path, monkeypatch, run_ranks):
 
 
 @needs_vllm
-def test_the_saved_model_speaks_alike_in_both_engines(vllm_run, smollm, monkeypatch):
+def test_the_saved_model_speaks_alike_in_both_engines(vllm_run, smollm):
     saved = vllm_run / "model"
     model = AutoModelForCausalLM.from_pretrained(saved)
     before = AutoModelForCausalLM.from_pretrained(smollm)
@@ -107,23 +109,14 @@ def test_the_saved_model_speaks_alike_in_both_engines(vllm_run, smollm, monkeypa
         )
     )
     said = []
-    for name, value in {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    distributed.start()
-    for engine in (PlainEngine(str(saved)), VllmEngine(str(saved), torch.device("cpu"), 256)):
-        engine.add(Request("greedy", prompt, 16, (tokenizer.eos_token_id,), 0, 0.0))
-        tokens, logp = [], []
-        while engine.has_work():
-            for out in engine.step():
-                tokens, logp = tokens + out.tokens, logp + out.logp
-        said.append((tokens, logp))
-        engine.close()
-    distributed.stop()
+    with world_of_one():
+        for engine in (PlainEngine(str(saved)), VllmEngine(str(saved), torch.device("cpu"), 256)):
+            engine.add(Request("greedy", prompt, 16, (tokenizer.eos_token_id,), 0, 0.0))
+            tokens, logp = [], []
+            while engine.has_work():
+                for out in engine.step():
+                    tokens, logp = tokens + out.tokens, logp + out.logp
+            said.append((tokens, logp))
+            engine.close()
     assert said[0][0] == said[1][0]
     assert said[0][1] == pytest.approx(said[1][1], abs=1e-3)

@@ -21,7 +21,7 @@ from rollout import Markers, Request, Sampling, request_seed, sample_rollouts
 from runtime import checkpoint, distributed
 from runtime.data import Question
 from runtime.engines import RELOAD_LOGGER, PlainEngine, VllmEngine
-from tests.conftest import TwoPhases, free_port, run_script
+from tests.conftest import TwoPhases, run_script, world_of_one
 from train import to_trees
 
 # Not importorskip: importing vLLM takes seconds, at every collection of the tests.
@@ -36,16 +36,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def world():
-    """A world of one process for this module; its variables are gone afterwards, so that they reach
-    no other test's processes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(free_port()))
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        distributed.start()
+    with world_of_one():
         yield
-        distributed.stop()
 
 
 @pytest.fixture(scope="module")

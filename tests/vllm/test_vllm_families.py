@@ -11,7 +11,7 @@ from rollout import Request
 from runtime import checkpoint, distributed
 from runtime.engines import PlainEngine, VllmEngine
 from runtime.models import check_numbers
-from tests.conftest import free_port
+from tests.conftest import world_of_one
 from tests.end_to_end.test_families import FAMILIES, make_model
 
 pytestmark = [
@@ -37,22 +37,17 @@ RELOADED_WRONG = ("Qwen3Moe", "Mixtral", "Olmoe")
 
 
 @pytest.fixture
-def opened(request, tmp_path, monkeypatch):
+def opened(request, tmp_path):
     """A family's directory as training saves it, and the policy."""
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     # vLLM's CPU attention has heads of 32.
     changes = FAMILIES[request.param] | {"hidden_size": 128}
     if "head_dim" in changes:
         changes["head_dim"] = 32
     original, saved = make_model(request.param, changes, tmp_path / "original"), tmp_path / "saved"
-    distributed.start()
-    policy = distributed.load_policy(str(original), CPU)
-    checkpoint.save_model(policy, AutoTokenizer.from_pretrained(original), saved)
-    yield str(saved), policy
-    distributed.stop()
+    with world_of_one():
+        policy = distributed.load_policy(str(original), CPU)
+        checkpoint.save_model(policy, AutoTokenizer.from_pretrained(original), saved)
+        yield str(saved), policy
 
 
 @pytest.mark.parametrize(
