@@ -1,5 +1,6 @@
 """Shared pieces: a random tiny model, and a fake engine whose every token is known beforehand."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -19,6 +20,10 @@ SHARED = ROOT.parent / "shared"
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+# Not importorskip: importing vLLM takes seconds, at every collection of the tests.
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +116,21 @@ def alone() -> dict:
     """The environment without what a run inside this process has left in it."""
     left = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {k: v for k, v in os.environ.items() if k not in left}
+
+
+def finish(engine, requests) -> dict[str, tuple[list[int], list[float]]]:
+    """{request id: (tokens, log-probs)}; nothing may follow an output that says it is the last."""
+    sampled, finished = {r.id: ([], []) for r in requests}, set()
+    for r in requests:
+        engine.add(r)
+    while engine.has_work():
+        for out in engine.step():
+            assert out.id not in finished and len(out.tokens) == len(out.logp)
+            sampled[out.id][0].extend(out.tokens)
+            sampled[out.id][1].extend(out.logp)
+            finished |= {out.id} if out.finished else set()
+    assert finished == set(sampled) and engine.step() == []
+    return sampled
 
 
 class TwoPhases:

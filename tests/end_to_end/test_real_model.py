@@ -5,7 +5,6 @@ both engines, 1 and 2 processes, and the saved model in both engines.
     python -m pytest -q -m real
 """
 
-import importlib.util
 import json
 
 import pytest
@@ -16,14 +15,11 @@ import train
 from rollout import Request
 from runtime.config import parse
 from runtime.engines import PlainEngine, VllmEngine
-from tests.conftest import SHARED, run_script, world_of_one
+from tests.conftest import SHARED, finish, needs_vllm, run_script, world_of_one
 from tests.end_to_end import make_smollm
 from tests.end_to_end.test_train import assert_equal_metrics, metrics_of
 
 pytestmark = pytest.mark.real
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
 OWN = [
     ("What is 12 times 7?", "84"),
     ("Find $x$ if $2x + 3 = 11$.", "4"),
@@ -111,12 +107,8 @@ def test_the_saved_model_speaks_alike_in_both_engines(vllm_run, smollm):
     said = []
     with world_of_one():
         for engine in (PlainEngine(str(saved)), VllmEngine(str(saved), torch.device("cpu"), 256)):
-            engine.add(Request("greedy", prompt, 16, (tokenizer.eos_token_id,), 0, 0.0))
-            tokens, logp = [], []
-            while engine.has_work():
-                for out in engine.step():
-                    tokens, logp = tokens + out.tokens, logp + out.logp
-            said.append((tokens, logp))
+            greedy = Request("greedy", prompt, 16, (tokenizer.eos_token_id,), 0, 0.0)
+            said.append(finish(engine, [greedy])["greedy"])
             engine.close()
     assert said[0][0] == said[1][0]
     assert said[0][1] == pytest.approx(said[1][1], abs=1e-3)

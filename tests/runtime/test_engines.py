@@ -11,6 +11,7 @@ from packing import pack, token_logprobs
 from rollout import Markers, Request, Sampling, request_seed, sample_rollouts
 from runtime.data import Question
 from runtime.engines import GAMMA, PlainEngine, mix_bits, require_engine, sample_tokens
+from tests.conftest import finish
 from train import to_trees
 
 BUDGETS = (4, 8, 12)
@@ -29,21 +30,6 @@ def engine(tiny_model_path):
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_path):
     return AutoTokenizer.from_pretrained(tiny_model_path)
-
-
-def finish(engine, requests) -> dict[str, tuple[list[int], list[float]]]:
-    """{request id: (tokens, log-probs)}; nothing may follow an output that says it is the last."""
-    sampled, finished = {r.id: ([], []) for r in requests}, set()
-    for r in requests:
-        engine.add(r)
-    while engine.has_work():
-        for out in engine.step():
-            assert out.id not in finished and len(out.tokens) == len(out.logp)
-            sampled[out.id][0].extend(out.tokens)
-            sampled[out.id][1].extend(out.logp)
-            finished |= {out.id} if out.finished else set()
-    assert finished == set(sampled) and engine.step() == []
-    return sampled
 
 
 def rollouts_of(engine, tokenizer, temperature: float):

@@ -21,15 +21,10 @@ from rollout import Markers, Request, Sampling, request_seed, sample_rollouts
 from runtime import checkpoint, distributed
 from runtime.data import Question
 from runtime.engines import RELOAD_LOGGER, PlainEngine, VllmEngine
-from tests.conftest import TwoPhases, run_script, world_of_one
+from tests.conftest import TwoPhases, finish, needs_vllm, run_script, world_of_one
 from train import to_trees
 
-# Not importorskip: importing vLLM takes seconds, at every collection of the tests.
-installed = importlib.util.find_spec("vllm") is not None
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not installed, reason="vLLM is not installed"),
-]
+pytestmark = [pytest.mark.vllm, needs_vllm]
 BUDGETS = (16, 32, 48)
 CPU = torch.device("cpu")
 
@@ -59,7 +54,7 @@ def markers(saved):
 def loaded(saved, markers):
     """(the engine, what it says greedily before anything is synced to it)."""
     engine = VllmEngine(str(saved), CPU, max_length=160)
-    yield engine, finish(engine, greedy(markers))
+    yield engine, tokens_and_logp(engine, greedy(markers))
     engine.close()
 
 
@@ -91,15 +86,10 @@ def prompt(n: int, length: int = 40) -> tuple[int, ...]:
     )
 
 
-def finish(engine, requests):
-    tokens, logp = {r.id: [] for r in requests}, {r.id: [] for r in requests}
-    for r in requests:
-        engine.add(r)
-    while engine.has_work():
-        for out in engine.step():
-            tokens[out.id] += out.tokens
-            logp[out.id] += out.logp
-    return tokens, logp
+def tokens_and_logp(engine, requests):
+    """The tokens of each request, and their log-probs."""
+    sampled = finish(engine, requests)
+    return tuple({name: both[i] for name, both in sampled.items()} for i in (0, 1))
 
 
 def greedy(markers):
@@ -130,7 +120,7 @@ def said(rollouts):
 
 def test_a_model_saved_by_training_loads_in_both_engines(loaded, saved, markers, tiny_model_path):
     (tokens, logp), plain = loaded[1], PlainEngine(str(saved))
-    expected, expected_logp = finish(plain, greedy(markers))
+    expected, expected_logp = tokens_and_logp(plain, greedy(markers))
     assert tokens == expected
     for name in logp:
         assert logp[name] == pytest.approx(expected_logp[name], abs=1e-4)
@@ -159,8 +149,8 @@ def test_synced_weights_are_the_ones_that_sample(engine, saved, markers):
         give(engine, trainer, version=update)
         plain.sync_weights(trainer.state_dict().items(), version=update)
         assert engine.version == plain.version == update
-        tokens, _ = finish(engine, greedy(markers))
-        assert tokens == finish(plain, greedy(markers))[0]
+        tokens, _ = tokens_and_logp(engine, greedy(markers))
+        assert tokens == tokens_and_logp(plain, greedy(markers))[0]
         assert tokens != previous
         previous = tokens
 
@@ -170,16 +160,16 @@ def test_without_the_reset_of_the_prefix_cache_stale_keys_and_values_would_show(
 ):
     """What the two tests above would see if sync_weights forgot the reset: they can fail."""
     give(engine, policy_after(saved, 1))
-    finish(engine, greedy(markers))  # fills the cache under update 1
+    tokens_and_logp(engine, greedy(markers))  # fills the cache under update 1
     with monkeypatch.context() as patch:
         patch.setattr(engine.engine, "reset_prefix_cache", lambda: True)
         give(engine, policy_after(saved, 2))
     plain = PlainEngine(str(saved))
     plain.sync_weights(policy_after(saved, 2).state_dict().items(), version=0)
-    expected, _ = finish(plain, greedy(markers))
-    assert finish(engine, greedy(markers))[0] != expected
+    expected, _ = tokens_and_logp(plain, greedy(markers))
+    assert tokens_and_logp(engine, greedy(markers))[0] != expected
     give(engine, policy_after(saved, 2))  # with the reset
-    assert finish(engine, greedy(markers))[0] == expected
+    assert tokens_and_logp(engine, greedy(markers))[0] == expected
 
 
 def test_a_refused_reset_and_a_partial_set_of_weights_are_errors(engine, saved, monkeypatch):
@@ -237,7 +227,7 @@ def test_its_draws_follow_the_policys_probabilities(engine, saved):
         Request(str(i), prompt(i % 20), length, (), request_seed(5, i), temperature)
         for i in range(400)
     ]
-    tokens, _ = finish(engine, requests)
+    tokens, _ = tokens_and_logp(engine, requests)
     drawn = torch.tensor([tokens[r.id] for r in requests])  # [N, T]
     with torch.no_grad():
         ids = torch.cat([torch.tensor([r.prompt for r in requests]), drawn], dim=1)
@@ -287,18 +277,18 @@ def test_more_prompt_tokens_than_fit_one_step_and_more_requests_than_run_at_once
     requests = [
         Request(str(i), prompt(i, 40 + i % 9), 4, (), request_seed(0, i), 1.0) for i in range(600)
     ]
-    tokens, _ = finish(engine, requests)
+    tokens, _ = tokens_and_logp(engine, requests)
     assert all(len(t) == 4 for t in tokens.values())
     some = requests[::100]
-    assert finish(engine, some)[0] == {r.id: tokens[r.id] for r in some}
+    assert tokens_and_logp(engine, some)[0] == {r.id: tokens[r.id] for r in some}
 
 
 def test_a_stop_token_is_returned_and_only_the_requests_own_stops_count(engine, saved, markers):
-    stop = finish(engine, [Request("a", prompt(0), 6, (), 1, 1.0)])[0]["a"][3]
-    ended = finish(engine, [Request("a", prompt(0), 6, (stop,), 1, 1.0)])[0]["a"]
+    stop = tokens_and_logp(engine, [Request("a", prompt(0), 6, (), 1, 1.0)])[0]["a"][3]
+    ended = tokens_and_logp(engine, [Request("a", prompt(0), 6, (stop,), 1, 1.0)])[0]["a"]
     assert ended[-1] == stop and stop not in ended[:-1]
     many = [Request(str(i), prompt(i), 60, (), request_seed(i), 1.0) for i in range(20)]
-    tokens, _ = finish(engine, many)
+    tokens, _ = tokens_and_logp(engine, many)
     assert all(len(t) == 60 for t in tokens.values())
     assert any(set(markers.eos) & set(t) for t in tokens.values())
 

@@ -1,6 +1,5 @@
 """Every family that trains, saved by training, in both engines; then with other weights synced."""
 
-import importlib.util
 from contextlib import closing
 
 import pytest
@@ -11,24 +10,17 @@ from rollout import Request
 from runtime import checkpoint, distributed
 from runtime.engines import PlainEngine, VllmEngine
 from runtime.models import check_numbers
-from tests.conftest import world_of_one
+from tests.conftest import finish, needs_vllm, world_of_one
 from tests.end_to_end.test_families import FAMILIES, make_model
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-]
+pytestmark = [pytest.mark.vllm, needs_vllm]
 CPU = torch.device("cpu")
 
 
 def greedy(engine):
     """32 greedy tokens and their log-probs."""
-    engine.add(Request("greedy", tuple(range(5, 40)), 32, (), 0, 0.0))
-    tokens, logp = [], []
-    while engine.has_work():
-        for out in engine.step():
-            tokens, logp = tokens + out.tokens, logp + out.logp
-    return tokens, logp
+    request = Request("greedy", tuple(range(5, 40)), 32, (), 0, 0.0)
+    return finish(engine, [request])["greedy"]
 
 
 WITHOUT_CODE = ("SmolLM3", "Olmo2", "GPTNeoX")  # vLLM runs them by transformers' classes
