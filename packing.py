@@ -18,7 +18,7 @@ any name but `tree.py`: torch's compiler skips files of that name (it takes them
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count
 
 import torch
@@ -228,9 +228,10 @@ def eager_target_logprobs(logits: Tensor, targets: Tensor, temperature: float) -
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-# Compiled, the same in one pass over bfloat16 logits, without a float32 copy of them. Nothing is
-# compiled before the first call.
-compiled_target_logprobs = torch.compile(eager_target_logprobs, dynamic=True)
+@cache
+def compiled_target_logprobs():
+    """The same in one pass over bfloat16 logits, without a float32 copy of them."""
+    return torch.compile(eager_target_logprobs, dynamic=True)  # imports the compiler: not on CPUs
 
 
 def check_attention(config, longest: int):
@@ -298,7 +299,7 @@ def token_logprobs(model, row: Row, temperature: float = 1.0, chunk: int = 1024)
         check_model(model, row, hidden)
         model.takes_rows = True
     head = model.get_output_embeddings()
-    target_logprobs = compiled_target_logprobs if hidden.is_cuda else eager_target_logprobs
+    target_logprobs = compiled_target_logprobs() if hidden.is_cuda else eager_target_logprobs
 
     def chunk_logprobs(h: Tensor, targets: Tensor) -> Tensor:
         return target_logprobs(head(h), targets, temperature)

@@ -1,8 +1,7 @@
 """What a run is: every constant of the paper, the presets, and the eight experiments.
 
 `Config` is one flat dataclass of ranges, defaults and comments, from which tyro makes the command
-line. A flag given by hand wins over its experiment, an experiment over its preset. Nothing here
-imports torch: a mistake in the flags is answered in a second.
+line. A flag given by hand wins over its experiment, an experiment over its preset.
 """
 
 import importlib.util

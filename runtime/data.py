@@ -348,12 +348,10 @@ def check_rendered(prompt: str, another: str, tokenizer):
     back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if normalize("NFC", back).strip() != text.strip():
         at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), len(back))
-        kind, lost = (
-            type(tokenizer).__name__,
-            f"{text[at : at + 20]!r} became {back[at : at + 20]!r}",
-        )
+        lost = f"{text[at : at + 20]!r} became {back[at : at + 20]!r}"
+        which = f"the tokenizer of {tokenizer.name_or_path} ({type(tokenizer).__name__})"
         fix = "its tokenizer_config.json probably names the wrong tokenizer_class"
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} ({kind}): {lost}: {fix}")
+        raise ValueError(f"{which}: {lost}: {fix}")
 
 
 def load_questions(source: str, tokenizer, c: Config, split: str, limit: int = 0):

