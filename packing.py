@@ -236,9 +236,8 @@ def compiled_target_logprobs():
 
 def check_attention(config, longest: int):
     """ValueError where a layer does not see all of `longest` tokens: the tree mask is for all."""
-    window = getattr(config, "sliding_window", None) or getattr(
-        config, "attention_chunk_size", None
-    )
+    window = getattr(config, "sliding_window", None)
+    window = window or getattr(config, "attention_chunk_size", None)
     window = (getattr(config, "use_sliding_window", True) and window) or 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window)
     harmless = {"sliding_attention", "chunked_attention"} if window >= longest else set()
